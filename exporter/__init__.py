@@ -1,0 +1,1 @@
+"""pocket-exporter: one compressed transformer, every phone runtime, each artifact proved."""

@@ -1,0 +1,185 @@
+"""artifact.json: what an exported folder says of itself. Read from outside, so checked before it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exporter.errors import ArtifactError
+
+NAME = "artifact.json"
+LARGEST_MANIFEST = 256 * 2**20  # bytes; a manifest is read whole
+R = TypeVar("R", bound="Record")
+CHUNK = 2**20  # bytes; everything else is streamed
+
+
+class Record(BaseModel):
+    """A frozen piece of a manifest: unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(Record):
+    """A file: its size, and its sha256 in hexadecimal."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Decision(Record):
+    """What a target stores for one site, and why.
+
+    `tree` is the model's, `stored` the artifact's; `native` says that no node was folded.
+    """
+
+    site: str
+    shape: tuple[int, int]
+    tree: str
+    stored: str
+    native: bool
+    reason: str
+    bytes: int
+
+
+class Budget(Record):
+    """How far an artifact's logits may lie from its model's, derived from what each leaf does to its input.
+
+    `relative_l2` bounds |a - r| / |r| over the logits of a position; `reason` is the derivation.
+    """
+
+    relative_l2: float
+    reason: str
+
+
+class Golden(Record):
+    """Answers that travel with an artifact: the model's greedy text, and its largest logits at every step.
+
+    `top[i]` and `logits[i]` are the token ids and logits of the largest few after `prompt + tokens[:i]`; an artifact
+    is right where each logit is within `tolerance` (absolute).
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    top: list[list[int]]
+    logits: list[list[float]]
+    tolerance: float
+
+
+class Summary(Record):
+    """The model inside, as far as a runner must know it."""
+
+    source: str
+    digest: str
+    licence: str | None
+    family: str
+    parameters: int
+    source_parameters: int
+    vocab: int
+    context: int
+    layers: int
+    bos: int | None
+    eos: list[int]
+
+
+class Artifact(Record):
+    """One exported folder."""
+
+    format_version: Literal[1] = 1
+    target: str
+    model: Summary
+    recipe: list[dict[str, Any]]
+    decisions: list[Decision]
+    notes: list[str]
+    requires: dict[str, str]
+    budget: Budget
+    golden: Golden
+    files: dict[str, File]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files, the tokenizer's included, artifact.json apart."""
+        return sum(file.bytes for file in self.files.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """File bytes x 8 / parameters of the source (before pruning): masks, scales and embeddings included."""
+        return self.file_bytes * 8 / self.model.source_parameters
+
+
+def save(artifact: Artifact, folder: Path) -> None:
+    """Write artifact.json: sorted keys, no dates, so equal artifacts are equal bytes."""
+    (folder / NAME).write_text(to_json(artifact))
+
+
+def to_json(record: Record) -> str:
+    """A record as JSON with sorted keys."""
+    return json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def load(folder: Path) -> Artifact:
+    """Read a folder's artifact.json.
+
+    Raises:
+        ArtifactError: there is none, or it is not of this format.
+    """
+    return read_record(folder / NAME, Artifact, f"{folder} is no artifact; `pocket export` makes them")
+
+
+def read_record(path: Path, kind: type[R], absent: str) -> R:
+    """Read and check a JSON record.
+
+    Raises:
+        ArtifactError: `absent` where there is no such file; else the first field that is wrong.
+    """
+    if not path.is_file():
+        raise ArtifactError(absent)
+    if path.stat().st_size > LARGEST_MANIFEST:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {LARGEST_MANIFEST}")
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(f"{path}: {where}: {first['msg']}") from None
+
+
+def describe_file(path: Path) -> File:
+    """Size and sha256 of a file, streamed."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return File(bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def files_under(folder: Path) -> Iterator[str]:
+    """Relative POSIX paths of all files below a folder, sorted.
+
+    Raises:
+        ArtifactError: a link or a special file is among them.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ArtifactError(
+                f"{path.relative_to(folder).as_posix()} is a link or special file; only plain files may be"
+            )
+        if path.is_file():
+            yield path.relative_to(folder).as_posix()
+
+
+def checked_path(name: str) -> PurePosixPath:
+    r"""A manifest's path, refused where it could leave its folder.
+
+    Raises:
+        ArtifactError: absolute, empty, or with `..`, `\\` or a drive in it.
+    """
+    path = PurePosixPath(name)
+    parts = name.split("/")
+    if path.is_absolute() or any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\:\0"):
+        raise ArtifactError(f"path {name!r} leaves its folder; only relative paths below it may be")
+    return path

@@ -1,0 +1,163 @@
+"""A Hugging Face folder (config.json, safetensors) to a Model of dense, memory-mapped weights.
+
+Nothing in the folder is trusted: config.json is bounded, safetensors headers are checked by the safetensors library
+before anything is mapped, and every shape is checked against the config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from exporter import adapters
+from exporter.artifact import CHUNK, checked_path
+from exporter.errors import ArtifactError, CheckpointError
+from exporter.model import Architecture, Model, Provenance
+from exporter.weights import Dense
+
+LARGEST_JSON = 64 * 2**20  # bytes
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                   "tokenizer.model", "generation_config.json")  # fmt: skip
+
+
+def load(folder: Path) -> Model:
+    """Read a checkpoint folder.
+
+    Raises:
+        CheckpointError: no such folder, not a checkpoint, damaged files, or tensors that are not what config.json says.
+        ArchitectureError: a family or a config field that no adapter honours.
+    """
+    config = read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
+    architecture = adapters.find(str(config.get("model_type"))).read(config)
+    paths = _weight_files(folder)
+    tensors = dict(_named(architecture, tensor) for path in paths for tensor in _tensors(path))
+    weights, vectors = _sorted_out(architecture, tensors)
+    provenance = Provenance(folder.resolve().name, _digest([folder / "config.json", *paths]), _licence(folder))
+    return Model(architecture, weights, vectors, provenance, _files(folder))
+
+
+def read_json(path: Path, absent: str) -> dict[str, Any]:
+    """Read a JSON object of bounded size.
+
+    Raises:
+        CheckpointError: `absent` where there is no such file; or it is too large, or no JSON object.
+    """
+    if not path.is_file():
+        raise CheckpointError(absent)
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {LARGEST_JSON} are read")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def open_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and memory-mapped tensor of everything in a safetensors file.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header lies.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in open_tensors(path):
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; only float checkpoints are read")
+        yield name, tensor
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+        return [single]
+    names = read_json(index, "").get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index} has no weight_map")
+    try:
+        shards = [folder / checked_path(str(name)) for name in sorted(set(names.values()))]
+    except (ArtifactError, TypeError) as error:
+        raise CheckpointError(f"{index}: {error}") from None
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing)}")
+    return shards
+
+
+def _named(architecture: Architecture, named: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """A tensor under the name that its adapter uses: some OPT checkpoints leave out the leading `model.`."""
+    name, tensor = named
+    return (f"model.{name}" if architecture.family == "opt" and name.startswith("decoder.") else name), tensor
+
+
+def _sorted_out(architecture: Architecture, tensors: dict[str, Tensor]) -> tuple[dict[str, Dense], dict[str, Tensor]]:
+    """Split tensors into matrices and vectors, each checked against the config; whatever is left over is refused."""
+    shapes = adapters.find(architecture.family).shapes(architecture)
+    weights = {site: Dense(_take(tensors, f"{site}.weight", shape)) for site, shape in shapes.weights.items()}
+    vectors = {name: _take(tensors, name, (length,)) for name, length in shapes.tensors.items()}
+    optional = {name: length for name, length in shapes.optional.items() if name in tensors}
+    vectors |= {name: _take(tensors, name, (length,)) for name, length in optional.items()}
+    if architecture.tied:
+        tensors.pop("lm_head.weight", None)  # the embedding again
+    left = sorted(name for name in tensors if not re.search(r"rotary_emb\.inv_freq$", name))
+    if left:
+        raise CheckpointError(f"tensors that a {architecture.family} model does not have: {', '.join(left[:5])}")
+    return weights, vectors
+
+
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        raise CheckpointError(f"tensor {name} is missing; config.json asks for it")
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"tensor {name} is {list(tensor.shape)}; config.json says {list(shape)}")
+    return tensor
+
+
+def _files(folder: Path) -> Mapping[str, bytes]:
+    present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    too_large = [path for path in present if path.stat().st_size > LARGEST_JSON]
+    if too_large:
+        raise CheckpointError(
+            f"{too_large[0]} has {too_large[0].stat().st_size} bytes; at most {LARGEST_JSON} are read"
+        )
+    return {path.name: path.read_bytes() for path in present}
+
+
+def _licence(folder: Path) -> str | None:
+    """The `license:` line of the checkpoint's card, if it has one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    with card.open(encoding="utf-8", errors="replace") as stream:
+        found = re.search(r"(?m)^license:\s*([\w.+-]{1,64})\s*$", stream.read(65536))
+    return found.group(1) if found else None
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+"""Which of its exact equivalents a target stores for a weight tree: the smallest that it runs.
+
+A target prices a leaf: the bits that it stores for it, or why it cannot. Structure is kept only where it is smaller
+than its fold in that target; every fold is recorded with its reason. Works on the meta device, where nothing is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from exporter.artifact import Decision
+from exporter.weights import Dense, LowBit, Product, Shared, Sparse, Sum, Weight, describe
+
+Price = Callable[[Weight], int | str]  # a leaf to bits, or to the reason why the target cannot store it
+
+LABEL_BITS = 32
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tree that a target stores, its bits, and what was folded on the way (nothing: native)."""
+
+    weight: Weight
+    bits: int
+    folds: tuple[str, ...] = ()
+
+
+def decide(weight: Weight, site: str, price: Price) -> tuple[Weight, Decision]:
+    """Choose what a target stores for a site, and say why.
+
+    Args:
+        weight: The model's tree.
+        site: Its name.
+        price: The target's bits per leaf. It must have a price for a Dense.
+    """
+    choice = smallest(weight, price)
+    reason = "; ".join(choice.folds) or "runs as it is"
+    decision = Decision(
+        site=site, shape=weight.shape, tree=describe(weight), stored=describe(choice.weight),
+        native=not choice.folds, reason=reason, bytes=-(-choice.bits // 8),
+    )  # fmt: skip
+    return choice.weight, decision
+
+
+def smallest(weight: Weight, price: Price) -> Choice:
+    """The smallest equivalent that a target runs; of two equal ones, the one with more structure."""
+    kept = _structure(weight, price)
+    if isinstance(weight, Dense | LowBit) and isinstance(kept, Choice):
+        return kept  # every equivalent of these has wider codes, or more scales
+    why = kept if isinstance(kept, str) else f"its structure would take {-(-kept.bits // 8)} bytes"
+    choices = [kept] if isinstance(kept, Choice) else []
+    for fold in _equivalents(weight):
+        bits = price(fold)
+        if not isinstance(bits, str):
+            choices.append(Choice(fold, bits, (f"{describe(weight)} stored as {describe(fold)}: {why}",)))
+    best = min(choices, key=lambda choice: choice.bits)
+    return replace(best, weight=Dense(weight.dense())) if _is_placeholder(best.weight, weight) else best
+
+
+def _is_placeholder(chosen: Weight, weight: Weight) -> bool:
+    """Whether a fold still lacks its values: a dense fold is priced by its shape, and decoded only when chosen."""
+    return isinstance(chosen, Dense) and chosen.values.is_meta and chosen is not weight
+
+
+def _structure(weight: Weight, price: Price) -> Choice | str:
+    """The tree itself with its children at their smallest, or why the target cannot have it."""
+    match weight:
+        case Sum():
+            terms = [smallest(term, price) for term in weight.terms]
+            return _join(Sum(tuple(term.weight for term in terms)), terms)
+        case Product():
+            left, right = smallest(weight.left, price), smallest(weight.right, price)
+            return _join(Product(left.weight, right.weight), [left, right])
+        case Shared():
+            rows = smallest(weight.rows, price)
+            return _join(Shared(rows.weight, weight.labels), [rows], LABEL_BITS * weight.labels.numel())
+        case _:
+            bits = price(weight)
+            return bits if isinstance(bits, str) else Choice(weight, bits)
+
+
+def _join(weight: Weight, parts: list[Choice], more_bits: int = 0) -> Choice:
+    folds = tuple(dict.fromkeys(fold for part in parts for fold in part.folds))
+    return Choice(weight, more_bits + sum(part.bits for part in parts), folds)
+
+
+def _equivalents(weight: Weight) -> Iterator[Weight]:
+    """Exact stand-ins for a tree, apart from itself."""
+    if isinstance(weight, LowBit):
+        yield from _other_low_bits(weight)
+    if isinstance(weight, Sparse) and isinstance(weight.kept, LowBit):
+        filled = _filled(weight, weight.kept)
+        if filled is not None:
+            yield filled
+            yield from _other_low_bits(filled)
+    if not isinstance(weight, Dense):
+        yield Dense(torch.empty(weight.shape, device="meta"))
+
+
+def _other_low_bits(weight: LowBit) -> Iterator[LowBit]:
+    """The same numbers in wider codes, or with scales repeated for shorter groups."""
+    groups = [size for size in (256, 128, 64, 32, 16) if size < weight.group and weight.group % size == 0]
+    if weight.group >= weight.shape[1]:  # one scale a row: any group repeats it
+        groups = [256, 128, 64, 32, 16]
+    for bits in range(weight.bits, 9):
+        wide = weight if bits == weight.bits else _widened(weight, bits)
+        if bits > weight.bits:
+            yield wide
+        for group in groups:
+            yield _regrouped(wide, group)
+
+
+def _widened(weight: LowBit, bits: int) -> LowBit:
+    """Codes of more bits, moved so that the middle stays the middle; zero points that are halves become whole."""
+    zeros = weight.zeros
+    has_halves = not zeros.is_meta and bool((zeros * 2 % 2 == 1).all())
+    if has_halves:  # s (c - z) = s/2 (2c - 2z): twice the codes, around 2^b - 1
+        shift = 2 ** (bits - 1) - 2**weight.bits + 1
+        return LowBit(weight.codes * 2 + shift, weight.scales / 2, zeros * 2 + shift, bits, weight.group)
+    shift = 2 ** (bits - 1) - 2 ** (weight.bits - 1)
+    return LowBit(weight.codes + shift, weight.scales, zeros + shift, bits, weight.group)
+
+
+def _regrouped(weight: LowBit, group: int) -> LowBit:
+    """Shorter groups with the same scales: exact."""
+    count = -(-weight.shape[1] // group)
+    repeats = -(-weight.group // group)
+
+    def spread(grid: torch.Tensor) -> torch.Tensor:
+        return grid if grid.shape == (1, 1) and weight.groups > 1 else grid.repeat_interleave(repeats, dim=1)[:, :count]
+
+    zeros = weight.zeros if weight.zeros.shape == (1, 1) else spread(weight.zeros)
+    return replace(weight, scales=spread(weight.scales), zeros=zeros, group=group)
+
+
+def _filled(weight: Sparse, kept: LowBit) -> LowBit | None:
+    """N:M codes with the zero point at pruned places: exact where zero points are whole numbers."""
+    zeros = kept.zeros
+    is_code = zeros.is_meta or bool(((zeros % 1 == 0) & (zeros >= 0) & (zeros < 2**kept.bits)).all())
+    if not is_code or kept.group * weight.m % weight.n or kept.group % weight.n:
+        return None
+    group = kept.group * weight.m // weight.n
+    codes = zeros.to(torch.uint8).expand(weight.shape[0], zeros.shape[1])
+    repeats = weight.shape[1] if zeros.shape == (1, 1) else group
+    codes = codes.repeat_interleave(repeats, dim=1)[:, : weight.shape[1]].contiguous()
+    codes = codes.scatter(1, weight.columns, kept.codes)
+    return LowBit(codes, kept.scales, kept.zeros, kept.bits, group)

@@ -1,0 +1,161 @@
+"""A model is pure data: its architecture, its weight trees, its other tensors, and where it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from exporter.weights import Weight
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, halves convention: channel i turns with channel i + head_dim / 2.
+
+    Args:
+        theta: Base of the frequencies.
+        kind: `default`; `linear` divides every frequency by `factor`; `llama3` divides the slow ones.
+        factor: Stretch of the context, >= 1.
+        low, high: `llama3`: wavelengths over original / low are stretched, under original / high are kept.
+        original: `llama3`: context of the training, in tokens.
+
+    Source: RoFormer, arXiv:2104.09864; `llama3` as in the Llama 3.1 release.
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+    def frequencies(self, head_dim: int) -> Tensor:
+        """Radians per position, [head_dim / 2], float32."""
+        plain = 1.0 / self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        if self.kind == "default":
+            return plain
+        if self.kind == "linear":
+            return plain / self.factor
+        turns = self.original * plain / (2 * math.pi)  # turns within the original context
+        keep = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return plain * (keep + (1 - keep) / self.factor)
+
+    def table(self, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the first `positions` positions, each [positions, head_dim / 2], float32."""
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), self.frequencies(head_dim))
+        return angles.cos(), angles.sin()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Widths of one decoder layer; pruned layers differ.
+
+    Args:
+        heads: Query heads.
+        kv_heads: Key and value heads; divides `heads` (grouped-query attention).
+        head_dim: Channels of a query or key head.
+        value_dim: Channels of a value head; under `head_dim` where values were pruned.
+        mlp: Channels between the MLP's matrices.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a decoder is, apart from its numbers.
+
+    Args:
+        family: The adapter that writes it in verbs (`llama`, `opt`).
+        vocab: Tokens.
+        hidden: Channels of the residual stream.
+        positions: Longest context, in tokens.
+        layers: Widths per layer.
+        activation: Of the MLP: `silu`, `gelu`, `gelu_tanh` or `relu`.
+        norm_eps: Added to the variance in norms.
+        rope: Rotary embedding, or None where positions are learned.
+        tied: The embedding is the head too.
+        bos: First token of a text, or None.
+        eos: Tokens that end a text.
+    """
+
+    family: str
+    vocab: int
+    hidden: int
+    positions: int
+    layers: tuple[Layer, ...]
+    activation: str
+    norm_eps: float
+    rope: Rope | None
+    tied: bool
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model came from and what was done to it.
+
+    Args:
+        source: Name of the checkpoint, never a path of this machine.
+        digest: sha256 over its config and weights.
+        licence: As the checkpoint's own card says, or None where it says nothing.
+        steps: The compression steps so far, each as its config.
+    """
+
+    source: str
+    digest: str
+    licence: str | None = None
+    steps: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder as data.
+
+    Args:
+        architecture: What it is.
+        weights: Matrices by site, the checkpoint's own name without `.weight`.
+        tensors: Norms and biases by the checkpoint's own full name.
+        provenance: Where it came from.
+        files: Tokenizer and configs by file name, passed on untouched.
+    """
+
+    architecture: Architecture
+    weights: Mapping[str, Weight]
+    tensors: Mapping[str, Tensor]
+    provenance: Provenance
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def with_weights(self, weights: Mapping[str, Weight]) -> Model:
+        """The same model with some weights replaced."""
+        return replace(self, weights={**self.weights, **weights})
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Model:
+        """The same model with some tensors replaced or added."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def with_layer(self, index: int, layer: Layer) -> Model:
+        """The same model with the widths of one layer replaced."""
+        layers = self.architecture.layers
+        changed = (*layers[:index], layer, *layers[index + 1 :])
+        return replace(self, architecture=replace(self.architecture, layers=changed))
+
+    def with_step(self, step: Mapping[str, Any]) -> Model:
+        """The same model with one more step in its provenance."""
+        return replace(self, provenance=replace(self.provenance, steps=(*self.provenance.steps, step)))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all matrices (by their dense shape), norms and biases; a tied head counts once."""
+        matrices = sum(out * width for out, width in (weight.shape for weight in self.weights.values()))
+        return matrices + sum(tensor.numel() for tensor in self.tensors.values())

@@ -1,0 +1,196 @@
+"""What a target, a session and a phone must be able to do; found by entry point, loaded only when asked.
+
+A target is one package under `targets/` (or any installed distribution) with an object under the entry point group
+`pocket.targets`; a phone likewise under `pocket.phones`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from exporter.artifact import Budget, Decision
+from exporter.errors import BackendMissingError, TargetError
+from exporter.model import Model
+from exporter.weights import Weight
+
+TARGETS, PHONES = "pocket.targets", "pocket.phones"
+
+
+class Session(Protocol):
+    """A model or an artifact that runs, token after token."""
+
+    context: int
+
+    def reset(self) -> None:
+        """Forget every token."""
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append tokens; returns the logits after each of them, [tokens, vocab], float."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a target will store, known before the work: also for a model on the meta device.
+
+    Args:
+        weights: The tree that is stored, by site: the model's own, or an equivalent that the target runs.
+        decisions: One per site, with bytes.
+        other_bytes: Estimate of everything else in the files: norms, tables, graph.
+        context: Longest context, in tokens.
+        notes: What a user should know, e.g. that values were padded.
+    """
+
+    weights: Mapping[str, Weight]
+    decisions: tuple[Decision, ...]
+    other_bytes: int
+    context: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Predicted bytes of the files."""
+        return self.other_bytes + sum(decision.bytes for decision in self.decisions)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check looked at."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+class Target(Protocol):
+    """A runtime that models are lowered to.
+
+    Attributes:
+        name: As users type it, e.g. `coreml-ios`.
+        extra: The pip extra that brings its back end.
+        runs_here: Whether its runtime exists on this machine, so that `session` works.
+    """
+
+    name: str
+    extra: str
+    runs_here: bool
+
+    def plan(self, model: Model, context: int) -> Plan:
+        """Decide, site by site, what is stored; raises TargetError for what cannot be taken at all."""
+
+    def lower(self, model: Model, plan: Plan, folder: Path) -> Mapping[str, str]:
+        """Write the model files into an existing folder, which holds the tokenizer already.
+
+        Returns:
+            Runtime name to the least version needed, for artifact.json.
+        """
+
+    def budget(self, model: Model, plan: Plan) -> Budget:
+        """How far the logits may lie from the model's, derived from the leaves."""
+
+    def inspect(self, folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
+        """Read the written files back: parts bit for bit, inputs and outputs as stated. Runs nothing."""
+
+    def session(self, folder: Path) -> Session:
+        """Run a folder in the target's own runtime; raises TargetError where `runs_here` is False."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a phone is asked to time: greedy text after a prompt, several times over.
+
+    Args:
+        prompt: Tokens.
+        new_tokens: Tokens to add.
+        warmups: Untimed rounds first.
+        repeats: Timed rounds.
+        threads: Threads of the runtime.
+    """
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    warmups: int
+    repeats: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Raw samples of a job.
+
+    Args:
+        load_s: Seconds to load, once a repeat.
+        prefill_s: Seconds from prompt to first token, per repeat.
+        decode_s: Seconds of each further token, per repeat.
+        tokens: The greedy tokens of the first timed round.
+        memory: Bytes by the kernel's own name: RssAnon, RssFile, VmHWM.
+    """
+
+    load_s: tuple[float, ...]
+    prefill_s: tuple[float, ...]
+    decode_s: tuple[tuple[float, ...], ...]
+    tokens: tuple[int, ...]
+    memory: Mapping[str, int] = field(default_factory=dict)
+
+
+class Phone(Protocol):
+    """A place where an artifact is measured: this host, an emulated phone, a real one.
+
+    Attributes:
+        kind: `real`, `emulated` or `host`; every record carries it.
+    """
+
+    kind: str
+
+    def facts(self) -> Mapping[str, Any]:
+        """Machine, system, processor, memory, runtime versions."""
+
+    def push(self, folder: Path) -> str:
+        """Copy a folder there; returns its place."""
+
+    def run(self, place: str, job: Job) -> Timings:
+        """Time a job on a pushed folder, in a process of its own."""
+
+    def pull(self, place: str, name: str, to: Path) -> None:
+        """Copy a file of a pushed folder back."""
+
+
+def target_names() -> list[str]:
+    """Names of all installed targets, sorted."""
+    return sorted({point.name for point in entry_points(group=TARGETS)})
+
+
+def target(name: str) -> Target:
+    """Load a target.
+
+    Raises:
+        TargetError: there is none of that name.
+        BackendMissingError: its back end is not installed.
+    """
+    return cast(Target, _load(TARGETS, "target", name))
+
+
+def phone(name: str) -> Phone:
+    """Load a phone: `host`, later `adb:SERIAL` and emulated ones.
+
+    Raises:
+        TargetError: there is none of that name.
+    """
+    return cast(Phone, _load(PHONES, "phone", name.split(":")[0]))
+
+
+def _load(group: str, noun: str, name: str) -> object:
+    points: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=group)}
+    if name not in points:
+        raise TargetError(f"no {noun} named {name!r}; installed: {', '.join(sorted(points)) or 'none'}")
+    try:
+        return points[name].load()
+    except ModuleNotFoundError as error:
+        extra = name.split("-")[0]
+        hint = f"pip install 'pocket-exporter[{extra}]'"
+        raise BackendMissingError(f"{noun} {name} needs {error.name}, which is not installed; {hint}") from None

@@ -1,0 +1,125 @@
+"""Eager torch: the oracle, and the base of every implementation that runs in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exporter.model import Model
+from exporter.ops import AttentionSpec, Leaf, Ops
+from exporter.weights import Weight
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class TorchOps(Ops[Tensor]):
+    """The verbs in eager torch, in any float type, with a growing cache of keys and values.
+
+    Args:
+        model: Its weights are decoded when first used, and kept decoded.
+        dtype: Of every value; float64 makes it the slow oracle.
+        device: Where it runs.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        super().__init__(model)
+        self.dtype, self.device = dtype, device
+        self._decoded: dict[int, tuple[Weight, Tensor]] = {}  # the weight is kept so that its id stays its own
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the cache: the next token is the first."""
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self._start = 0  # position of the first token of the call under way
+
+    def begin(self) -> None:
+        """Start a call: its tokens follow those that the cache holds."""
+        self._start = next(iter(self._cache.values()))[0].shape[2] if self._cache else 0
+
+    def matrix(self, weight: Weight) -> Tensor:
+        """A weight as floats, decoded once."""
+        if id(weight) not in self._decoded:
+            self._decoded[id(weight)] = weight, weight.dense(self.dtype).to(self.device)
+        return self._decoded[id(weight)][1]
+
+    def tensor(self, name: str) -> Tensor:
+        """A norm or bias by its full name, in this type, on this device."""
+        return self.model.tensors[name].to(self.device, self.dtype)
+
+    def embedding(self, ids: Tensor, site: str) -> Tensor:
+        return F.embedding(ids, self.matrix(self.model.weights[site]))
+
+    def position_embedding(self, ids: Tensor, site: str, offset: int) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=self.device) + self._start + offset
+        return self.embedding(positions.expand_as(ids), site)
+
+    def leaf(self, x: Tensor, weight: Leaf, site: str) -> Tensor:
+        return F.linear(x, self.matrix(weight))
+
+    def bias(self, x: Tensor, name: str) -> Tensor:
+        return x + self.tensor(name)
+
+    def rms_norm(self, x: Tensor, site: str, heads: int = 1) -> Tensor:
+        parts = split_heads(x, heads)  # [batch, tokens, heads, channels / heads]
+        scale = torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + self.model.architecture.norm_eps)
+        return (parts * scale * self.tensor(f"{site}.weight")).flatten(-2)
+
+    def layer_norm(self, x: Tensor, site: str) -> Tensor:
+        weight, bias = self.tensor(f"{site}.weight"), self.tensor(f"{site}.bias")
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.model.architecture.norm_eps)
+
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        return ACTIVATIONS[name](x)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def mul(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    def take(self, x: Tensor, labels: Tensor) -> Tensor:
+        return x.index_select(-1, labels.to(self.device))
+
+    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int, spec: AttentionSpec) -> Tensor:
+        q, k = self.rotate(heads_first(q, spec.heads), spec), self.rotate(heads_first(k, spec.kv_heads), spec)
+        k, v = self._append(layer, k, heads_first(v, spec.kv_heads))  # [batch, kv_heads, past + tokens, dim]
+        groups = spec.heads // spec.kv_heads
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        logits = q @ k.transpose(-1, -2) * spec.scale  # [batch, heads, tokens, past + tokens]
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=self.device).triu(self._start + 1)
+        weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(-2)
+
+    def rotate(self, x: Tensor, spec: AttentionSpec) -> Tensor:
+        """Turn each head of x [batch, heads, tokens, head_dim] by its position."""
+        if spec.rope is None:
+            return x
+        cos, sin = spec.rope.table(spec.head_dim, self._start + x.shape[2])  # float32 whatever the type
+        cos, sin = (t[self._start :].to(self.device, self.dtype).repeat(1, 2) for t in (cos, sin))
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        past = self._cache.get(layer)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        self._cache[layer] = k, v
+        return k, v
+
+
+def heads_first(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, heads * dim] to [batch, heads, tokens, dim]."""
+    return split_heads(x, heads).transpose(1, 2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, heads * dim] to [batch, tokens, heads, dim]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)

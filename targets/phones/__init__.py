@@ -1,0 +1,1 @@
+"""Phones: places where artifacts are measured."""
