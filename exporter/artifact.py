@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from exporter.errors import ArtifactError
 
@@ -22,6 +22,9 @@ class Record(BaseModel):
     """A frozen piece of a manifest: unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+TokenId = Annotated[int, Field(ge=0)]
 
 
 class File(Record):
@@ -63,11 +66,21 @@ class Golden(Record):
     is right where each logit is within `tolerance` (absolute).
     """
 
-    prompt: list[int]
-    tokens: list[int]
-    top: list[list[int]]
+    model_config = ConfigDict(allow_inf_nan=False)  # an infinite tolerance would be a check that cannot fail
+
+    prompt: Annotated[list[TokenId], Field(min_length=1)]
+    tokens: Annotated[list[TokenId], Field(min_length=1)]
+    top: Annotated[list[list[TokenId]], Field(min_length=1)]
     logits: list[list[float]]
-    tolerance: float
+    tolerance: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _same_steps(self) -> Golden:
+        if len(self.top) > len(self.tokens) + 1:
+            raise ValueError(f"{len(self.top)} steps for {len(self.tokens)} tokens")
+        if [len(row) for row in self.top] != [len(row) for row in self.logits] or not all(self.top):
+            raise ValueError("top and logits differ in shape, or a step has none")
+        return self
 
 
 class Summary(Record):
@@ -100,6 +113,15 @@ class Artifact(Record):
     golden: Golden
     files: dict[str, File]
 
+    @model_validator(mode="after")
+    def _golden_fits_the_model(self) -> Artifact:
+        golden, fed = self.golden, len(self.golden.prompt) + len(self.golden.top) - 1
+        if max(map(max, [golden.prompt, golden.tokens, *golden.top])) >= self.model.vocab:
+            raise ValueError(f"the golden text has a token that a vocabulary of {self.model.vocab} does not")
+        if fed > self.model.context:
+            raise ValueError(f"the golden text feeds {fed} tokens; the context is {self.model.context}")
+        return self
+
     @property
     def file_bytes(self) -> int:
         """Bytes of all files, the tokenizer's included, artifact.json apart."""
@@ -130,16 +152,16 @@ def load(folder: Path) -> Artifact:
     return read_record(folder / NAME, Artifact, f"{folder} is no artifact; `pocket export` makes them")
 
 
-def read_record(path: Path, kind: type[R], absent: str) -> R:
-    """Read and check a JSON record.
+def read_record(path: Path, kind: type[R], absent: str, largest: int = LARGEST_MANIFEST) -> R:
+    """Read and check a JSON record of at most `largest` bytes.
 
     Raises:
         ArtifactError: `absent` where there is no such file; else the first field that is wrong.
     """
     if not path.is_file():
         raise ArtifactError(absent)
-    if path.stat().st_size > LARGEST_MANIFEST:
-        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {LARGEST_MANIFEST}")
+    if path.stat().st_size > largest:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {largest}")
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -157,6 +179,48 @@ def describe_file(path: Path) -> File:
     return File(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
+def verify_files(folder: Path, artifact: Artifact) -> None:
+    """Compare an artifact's files with what its artifact.json says of them.
+
+    Raises:
+        ArtifactError: names the first file, in sorted order, that is changed, missing or added; or a path that leaves
+            the folder, a link or a special file.
+    """
+    compare_files(folder, artifact.files, NAME)
+
+
+def compare_files(folder: Path, expected: Mapping[str, File], manifest: str) -> None:
+    """Compare all files below a folder, the manifest itself apart, with their sizes and digests. Streams.
+
+    Args:
+        folder: Where they lie.
+        expected: File by relative path.
+        manifest: Name of the file that says so.
+
+    Raises:
+        ArtifactError: names the first file, in sorted order, that is changed, missing or added; or a path that leaves
+            the folder, a link or a special file.
+    """
+    for name in expected:
+        checked_path(name)
+    present = set(files_under(folder)) - {manifest}
+    for name in sorted(present | set(expected)):
+        if name not in expected:
+            raise ArtifactError(f"{name!r} was added: {manifest} does not name it")
+        if name not in present:
+            raise ArtifactError(f"{name!r} is missing: {manifest} names it")
+        _compare_file(folder / name, name, expected[name])
+
+
+def _compare_file(path: Path, name: str, expected: File) -> None:
+    size = path.stat().st_size
+    if size != expected.bytes:  # before anything is read
+        raise ArtifactError(f"{name!r} was changed: it has {size} bytes, not {expected.bytes}")
+    found = describe_file(path).sha256
+    if found != expected.sha256:
+        raise ArtifactError(f"{name!r} was changed: its sha256 is {found}, not {expected.sha256}")
+
+
 def files_under(folder: Path) -> Iterator[str]:
     """Relative POSIX paths of all files below a folder, sorted.
 
@@ -166,7 +230,7 @@ def files_under(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ArtifactError(
-                f"{path.relative_to(folder).as_posix()} is a link or special file; only plain files may be"
+                f"{path.relative_to(folder).as_posix()!r} is a link or special file; only plain files may be"
             )
         if path.is_file():
             yield path.relative_to(folder).as_posix()

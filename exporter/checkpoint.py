@@ -39,7 +39,9 @@ def load(folder: Path) -> Model:
     paths = _weight_files(folder)
     tensors = dict(_named(architecture, tensor) for path in paths for tensor in _tensors(path))
     weights, vectors = _sorted_out(architecture, tensors)
-    provenance = Provenance(folder.resolve().name, _digest([folder / "config.json", *paths]), _licence(folder))
+    parameters = sum(tensor.numel() for tensor in (*vectors.values(), *(weight.values for weight in weights.values())))
+    digest = _digest([folder / "config.json", *paths])
+    provenance = Provenance(folder.resolve().name, digest, parameters, _licence(folder))
     return Model(architecture, weights, vectors, provenance, _files(folder))
 
 

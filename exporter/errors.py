@@ -8,6 +8,7 @@ PocketError                 exit code 2: what was given, what is allowed, what t
 ├── TargetError             a target cannot take this model
 ├── ArtifactError           an artifact or bundle is not what its manifest says
 ├── OutputError             the output folder cannot be used
+├── PhoneError              a phone cannot be used, or lost a run
 ├── CheckFailedError        exit code 3: the artifact's numbers are not its model's
 └── BackendMissingError     exit code 4: an optional back end is not installed
 """
@@ -45,6 +46,10 @@ class ArtifactError(PocketError):
 
 class OutputError(PocketError):
     """An output folder that cannot be used."""
+
+
+class PhoneError(PocketError):
+    """A phone that cannot be used, or that ended a run without an answer."""
 
 
 class CheckFailedError(PocketError):

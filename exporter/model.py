@@ -108,12 +108,14 @@ class Provenance:
     Args:
         source: Name of the checkpoint, never a path of this machine.
         digest: sha256 over its config and weights.
+        parameters: Numbers in the source, before any step.
         licence: As the checkpoint's own card says, or None where it says nothing.
         steps: The compression steps so far, each as its config.
     """
 
     source: str
     digest: str
+    parameters: int
     licence: str | None = None
     steps: tuple[Mapping[str, Any], ...] = ()
 

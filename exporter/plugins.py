@@ -14,8 +14,8 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from exporter.artifact import Budget, Decision
-from exporter.errors import BackendMissingError, TargetError
+from exporter.artifact import Budget, Decision, Golden
+from exporter.errors import BackendMissingError, PocketError, TargetError
 from exporter.model import Model
 from exporter.weights import Weight
 
@@ -96,7 +96,7 @@ class Target(Protocol):
     def inspect(self, folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
         """Read the written files back: parts bit for bit, inputs and outputs as stated. Runs nothing."""
 
-    def session(self, folder: Path) -> Session:
+    def session(self, folder: Path, threads: int = 1) -> Session:
         """Run a folder in the target's own runtime; raises TargetError where `runs_here` is False."""
 
 
@@ -105,11 +105,14 @@ class Job:
     """What a phone is asked to time: greedy text after a prompt, several times over.
 
     Args:
-        prompt: Tokens.
-        new_tokens: Tokens to add.
+        prompt: Tokens, at least one.
+        new_tokens: Tokens to add, at least two: the first ends the prefill, each further one is a decode sample.
         warmups: Untimed rounds first.
-        repeats: Timed rounds.
+        repeats: Timed rounds, at least one.
         threads: Threads of the runtime.
+
+    Raises:
+        PocketError: a number is out of range.
     """
 
     prompt: tuple[int, ...]
@@ -118,17 +121,25 @@ class Job:
     repeats: int
     threads: int
 
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise PocketError("a job needs a prompt of at least one token")
+        for name, least in (("new_tokens", 2), ("warmups", 0), ("repeats", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise PocketError(f"a job cannot have {name} {getattr(self, name)}; at least {least}")
+
 
 @dataclass(frozen=True)
 class Timings:
     """Raw samples of a job.
 
     Args:
-        load_s: Seconds to load, once a repeat.
-        prefill_s: Seconds from prompt to first token, per repeat.
-        decode_s: Seconds of each further token, per repeat.
+        load_s: Seconds to load, once a repeat, each into a process that has loaded the artifact before.
+        prefill_s: Seconds from prompt to first token, per repeat, on a loaded artifact.
+        decode_s: Seconds of each further token, per repeat: [repeats][new_tokens - 1].
         tokens: The greedy tokens of the first timed round.
-        memory: Bytes by the kernel's own name: RssAnon, RssFile, VmHWM.
+        memory: Bytes by the kernel's own name (RssAnon, RssFile, VmHWM), after one load and all rounds.
+        idle: The same of the process before it loads anything.
     """
 
     load_s: tuple[float, ...]
@@ -136,6 +147,20 @@ class Timings:
     decode_s: tuple[tuple[float, ...], ...]
     tokens: tuple[int, ...]
     memory: Mapping[str, int] = field(default_factory=dict)
+    idle: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an artifact answers where its golden text is forced upon it.
+
+    Args:
+        logits: The artifact's logits of `golden.top[i]`, for every step i.
+        best: Its own likeliest token at every step.
+    """
+
+    logits: tuple[tuple[float, ...], ...]
+    best: tuple[int, ...]
 
 
 class Phone(Protocol):
@@ -148,13 +173,29 @@ class Phone(Protocol):
     kind: str
 
     def facts(self) -> Mapping[str, Any]:
-        """Machine, system, processor, memory, runtime versions."""
+        """Machine, system, processor, memory, load, runtime versions: JSON values by name.
+
+        `cpu`, `cores`, `memory_bytes` and `os` are always there; a phone adds what it knows.
+        """
 
     def push(self, folder: Path) -> str:
-        """Copy a folder there; returns its place."""
+        """Make a folder available there; returns its place."""
+
+    def answers(self, place: str, golden: Golden, threads: int) -> Answers:
+        """Force the golden text on a pushed folder: the prompt in one step, then one token a step.
+
+        Raises:
+            PhoneError: the process there ended without an answer.
+            TargetError: the artifact's runtime does not exist there.
+        """
 
     def run(self, place: str, job: Job) -> Timings:
-        """Time a job on a pushed folder, in a process of its own."""
+        """Time a job on a pushed folder, in a process of its own.
+
+        Raises:
+            PhoneError: the process there ended without an answer.
+            TargetError: the artifact's runtime does not exist there.
+        """
 
     def pull(self, place: str, name: str, to: Path) -> None:
         """Copy a file of a pushed folder back."""

@@ -29,12 +29,12 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(files[FILE].decode())
         except Exception as error:  # the library raises bare Exception for every malformed file
             raise CheckpointError(f"{FILE} cannot be read: {error}") from None
-        self._bos = bos
+        self.bos = bos
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, the BOS token first where the model has one; the empty text is the BOS token alone."""
         tokens = self.encode_plain(text) if text else []
-        return tokens if self._bos is None else [self._bos, *tokens]
+        return tokens if self.bos is None else [self.bos, *tokens]
 
     def encode_plain(self, text: str) -> list[int]:
         """Tokens of a text, without a BOS token."""

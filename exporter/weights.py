@@ -14,8 +14,9 @@ All matrices are [out, in]. Nodes also live on torch's meta device, so that size
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -249,6 +250,20 @@ def nodes(weight: Weight) -> Iterator[Weight]:
     yield weight
     for child in children(weight):
         yield from nodes(child)
+
+
+def to_meta(weight: Weight) -> Weight:
+    """The same tree without its values: on the meta device, where sizes are known and nothing is stored."""
+    changed: dict[str, Any] = {}
+    for field in fields(weight):
+        value = getattr(weight, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = value.to("meta")
+        elif isinstance(value, Weight):
+            changed[field.name] = to_meta(value)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(to_meta(term) for term in value)
+    return replace(weight, **changed)
 
 
 def describe(weight: Weight) -> str:

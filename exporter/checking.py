@@ -1,0 +1,123 @@
+"""Artifacts against their model: what is written in artifact.json, and what a check finds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from exporter import artifact as artifacts
+from exporter import evaluate
+from exporter.artifact import Artifact, Record, Summary
+from exporter.evaluate import Comparison
+from exporter.model import Model
+from exporter.plugins import Plan, Target
+from exporter.session import TorchSession
+
+GOLDEN_TOKENS = 32
+CHECKED_TOKENS = 64
+
+
+class Found(Record):
+    """One thing that a check looked at in the written files."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+class Outcome(Record):
+    """What a check found in one artifact: its files read back, and its numbers where its runtime is here."""
+
+    target: str
+    file_bytes: int
+    bits_per_weight: float
+    native: int
+    sites: int
+    folded: list[str]
+    notes: list[str]
+    findings: list[Found]
+    comparison: Comparison | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong."""
+        return all(found.ok for found in self.findings) and (self.comparison is None or self.comparison.ok)
+
+    @property
+    def problems(self) -> list[str]:
+        """What was wrong, a line each."""
+        wrong = [f"{found.what}: {found.detail}" for found in self.findings if not found.ok]
+        return wrong + ([] if self.comparison is None else list(self.comparison.reasons))
+
+
+class Report(Record):
+    """The outcomes of one export."""
+
+    outcomes: list[Outcome]
+
+
+def load_outcome(path: Path) -> Outcome:
+    """Read an outcome that an earlier stage wrote."""
+    return artifacts.read_record(path, Outcome, f"{path} is missing")
+
+
+def prompt_of(model: Model) -> list[int]:
+    """The prompt of every check: the model's BOS token, or token 0 where it has none."""
+    return [0 if model.architecture.bos is None else model.architecture.bos]
+
+
+def describe(model: Model, target: Target, plan: Plan, requires: Mapping[str, str], folder: Path) -> Artifact:
+    """What artifact.json says of a folder whose model files are written."""
+    budget = target.budget(model, plan)
+    new_tokens = min(GOLDEN_TOKENS, plan.context - 1)
+    golden = evaluate.golden(TorchSession(model), prompt_of(model), new_tokens, budget)
+    return Artifact(
+        target=target.name,
+        model=_summary(model, plan.context),
+        recipe=[dict(step) for step in model.provenance.steps],
+        decisions=list(plan.decisions),
+        notes=list(plan.notes),
+        requires=dict(requires),
+        budget=budget,
+        golden=golden,
+        files={name: artifacts.describe_file(folder / name) for name in artifacts.files_under(folder)},
+    )
+
+
+def check(folder: Path, made: Artifact, model: Model, target: Target) -> Outcome:
+    """Read an artifact's files back and, where its runtime is here, run it against the model.
+
+    Args:
+        folder: The artifact.
+        made: Its artifact.json.
+        model: The compressed model that it was lowered from.
+        target: Its target.
+    """
+    plan = target.plan(model, made.model.context)
+    findings = [Found(what=f.what, ok=f.ok, detail=f.detail) for f in target.inspect(folder, model, plan)]
+    return Outcome(
+        target=made.target,
+        file_bytes=made.file_bytes,
+        bits_per_weight=round(made.bits_per_weight, 4),
+        native=sum(decision.native for decision in made.decisions),
+        sites=len(made.decisions),
+        folded=sorted({decision.reason for decision in made.decisions if not decision.native}),
+        notes=made.notes,
+        findings=findings,
+        comparison=_compare(folder, made, model, target) if target.runs_here else None,
+    )
+
+
+def _compare(folder: Path, made: Artifact, model: Model, target: Target) -> Comparison:
+    reference, candidate = TorchSession(model), target.session(folder)
+    new_tokens = min(CHECKED_TOKENS, made.model.context - 1)
+    return evaluate.compare(reference, candidate, prompt_of(model), new_tokens, made.budget)
+
+
+def _summary(model: Model, context: int) -> Summary:
+    a, p = model.architecture, model.provenance
+    return Summary(
+        source=p.source, digest=p.digest, licence=p.licence, family=a.family, parameters=model.parameters,
+        source_parameters=p.parameters, vocab=a.vocab, context=context, layers=len(a.layers), bos=a.bos,
+        eos=list(a.eos),
+    )  # fmt: skip

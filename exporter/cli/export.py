@@ -1,0 +1,124 @@
+"""`pocket compress` and `pocket export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporter import pipeline, plugins, store
+from exporter import recipe as recipes
+from exporter.checking import Outcome
+from exporter.cli.screen import print_json, print_line, print_table, watch
+from exporter.errors import CheckFailedError
+from exporter.model import Model
+from exporter.pipeline import Job
+from exporter.recipe import Recipe
+
+
+def compress(model: str, recipe: Path, output: Path, calibration: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Compress a model and save it, or say what would be done."""
+    job = Job(model, (), output, _recipe(recipe, calibration))
+    if dry_run:
+        _print_plan(job, as_json)
+        return
+    with watch(list(pipeline.all_stages(job.recipe, ()))) as shown:
+        pipeline.run(job, shown)
+    made = store.load(output / pipeline.MODEL)
+    summary = {"model": str(output / pipeline.MODEL), "parameters": made.parameters,
+               "source_parameters": made.provenance.parameters}  # fmt: skip
+    if as_json:
+        print_json(summary)
+    else:
+        print_line(f"{summary['model']}: {made.parameters:,} of {made.provenance.parameters:,} parameters")
+
+
+def export(
+    model: str, recipe: Path | None, targets: Sequence[str], output: Path, calibration: Path | None,
+    context: int | None, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Lower a model to targets and check every artifact, or say what would be done.
+
+    Raises:
+        CheckFailedError: an artifact's numbers are not its model's.
+    """
+    names = tuple(dict.fromkeys(targets)) or tuple(plugins.target_names())
+    job = Job(model, names, output, _recipe(recipe, calibration), context)
+    if dry_run:
+        _print_plan(job, as_json)
+        return
+    with watch(list(pipeline.all_stages(job.recipe, names))) as shown:
+        outcomes = pipeline.run(job, shown)
+    if as_json:
+        print_json([outcome.model_dump(mode="json") for outcome in outcomes])
+    else:
+        print_outcomes(outcomes)
+    refuse_failed(outcomes)
+
+
+def refuse_failed(outcomes: Sequence[Outcome]) -> None:
+    """Raise for the first outcome that is not right.
+
+    Raises:
+        CheckFailedError: with its first problem.
+    """
+    for outcome in outcomes:
+        if not outcome.ok:
+            raise CheckFailedError(f"{outcome.target}: {outcome.problems[0]}")
+
+
+def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """The table that ends an export, and below it what was folded and why."""
+    columns = ("target", "bytes", "bits/weight", "max abs", "rel L2", "greedy", "native", "check")
+    print_table("Artifacts against the compressed model", columns, [_row(outcome) for outcome in outcomes])
+    for outcome in outcomes:
+        for reason in outcome.folded:
+            print_line(f"{outcome.target}: folded: {reason}")
+        for note in outcome.notes:
+            print_line(f"{outcome.target}: {note}")
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    compared = outcome.comparison
+    numbers = ("-", "-", "-") if compared is None else (
+        f"{compared.max_abs:.1e}", f"{compared.relative_l2:.1e}", f"{compared.greedy_agreement}/{compared.new_tokens}"
+    )  # fmt: skip
+    kind = "constants and interface" if compared is None else "run"
+    verdict = f"{kind}: {'ok' if outcome.ok else 'FAILED'}"
+    native = f"{outcome.native}/{outcome.sites}"
+    return (outcome.target, f"{outcome.file_bytes:,}", f"{outcome.bits_per_weight:.2f}", *numbers, native, verdict)
+
+
+def _recipe(path: Path | None, calibration: Path | None) -> Recipe:
+    recipe = Recipe() if path is None else recipes.load(path)
+    return recipe if calibration is None else recipes.with_text(recipe, calibration)
+
+
+def _print_plan(job: Job, as_json: bool) -> None:
+    """What a job would do: its steps, and per target the predicted bytes and folds."""
+    source = pipeline.load(job.model)
+    pipeline.calibration_windows(source, job.recipe)  # so that a text that is too short is told now
+    model = pipeline.predict(source, job.recipe)
+    plans = {name: plugins.target(name).plan(model, pipeline.context_of(source, job.context)) for name in job.targets}
+    steps = [pipeline.step_name(step) for step in job.recipe.steps]
+    if as_json:
+        print_json({"steps": steps, "parameters": model.parameters, "source_parameters": source.parameters,
+                    "targets": {name: _plan_facts(plan) for name, plan in plans.items()}})  # fmt: skip
+        return
+    _print_steps(steps, source, model)
+    rows = [(name, f"{plan.bytes:,}", f"{sum(d.native for d in plan.decisions)}/{len(plan.decisions)}")
+            for name, plan in plans.items()]  # fmt: skip
+    print_table("Plan", ("target", "predicted bytes", "native"), rows)
+    for name, plan in plans.items():
+        for reason in sorted({d.reason for d in plan.decisions if not d.native}):
+            print_line(f"{name}: folded: {reason}")
+
+
+def _print_steps(steps: Sequence[str], source: Model, model: Model) -> None:
+    for index, step in enumerate(steps, 1):
+        print_line(f"step {index}: {step}")
+    print_line(f"parameters: {source.parameters:,} -> {model.parameters:,}")
+
+
+def _plan_facts(plan: plugins.Plan) -> dict[str, object]:
+    decisions = [decision.model_dump(mode="json") for decision in plan.decisions]
+    return {"predicted_bytes": plan.bytes, "decisions": decisions, "notes": list(plan.notes)}

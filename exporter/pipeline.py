@@ -1,0 +1,281 @@
+"""The road from a checkpoint to checked artifacts: load, compress, lower, check, publish.
+
+from exporter import pipeline
+model = pipeline.load("builtin")
+small = pipeline.compress(model, pipeline.recipe("recipes/fasp-int4.yaml"))
+for outcome in pipeline.export(small, ["onnxruntime-mobile", "executorch-android"], "out"):
+    print(outcome.target, outcome.file_bytes, outcome.comparison)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from exporter import artifact as artifacts
+from exporter import calibrate, checking, checkpoint, plugins, store
+from exporter import compress as methods
+from exporter import recipe as recipes
+from exporter.artifact import Artifact
+from exporter.checking import Outcome
+from exporter.errors import CheckpointError, OutputError
+from exporter.model import Model
+from exporter.recipe import Recipe
+from exporter.stages import Workshop, abandoned_on_error, code_version, key_of
+from exporter.tokenizer import Tokenizer
+
+BUILTIN = "builtin"
+BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "model"
+SAMPLE = Path(__file__).parent / "builtin" / "calibration.txt"
+MODEL = "model"
+REPORT = "report.json"
+LARGEST_TEXT = 256 * 2**20  # bytes
+CONTEXT = 2048  # tokens, unless asked otherwise or the model has fewer
+
+Report = Callable[[float], None]  # takes the fraction that is done
+
+
+class Watch(Protocol):
+    """Whoever shows progress."""
+
+    def stage(self, name: str) -> AbstractContextManager[Report]:
+        """A stage begins; what it yields is told the fraction done."""
+
+    def found(self, name: str) -> None:
+        """A stage was finished by an earlier run."""
+
+
+class Unwatched:
+    """Shows nothing."""
+
+    def stage(self, name: str) -> AbstractContextManager[Report]:
+        return nullcontext(lambda fraction: None)
+
+    def found(self, name: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export.
+
+    Args:
+        model: `builtin`, a checkpoint folder or a saved model.
+        targets: Names.
+        out: Output folder.
+        recipe: Steps, maybe none.
+        context: Longest context in tokens, or None for the model's own up to 2048.
+    """
+
+    model: str
+    targets: tuple[str, ...]
+    out: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    context: int | None = None
+
+
+def load(name: str) -> Model:
+    """A model by `builtin`, by checkpoint folder, or by the folder of a saved model.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = BUILTIN_FOLDER if name == BUILTIN else Path(name)
+    if not folder.exists():
+        raise CheckpointError(f"no such path: {name}; give a checkpoint folder, a saved model or {BUILTIN!r}")
+    if not folder.is_dir():
+        raise CheckpointError(f"{name} is a file; give the folder that it lies in")
+    return store.load(folder) if store.is_stored(folder) else checkpoint.load(folder)
+
+
+def recipe(path: str | Path) -> Recipe:
+    """Read a recipe file."""
+    return recipes.load(Path(path))
+
+
+def compress(model: Model, recipe: Recipe, watch: Watch | None = None) -> Model:
+    """Follow a recipe, in memory."""
+    windows = calibration_windows(model, recipe)
+    for step in recipe.steps:
+        with (watch or Unwatched()).stage(step_name(step)) as report:
+            model = methods.run(model, step, windows, report)
+    return model
+
+
+def predict(model: Model, recipe: Recipe) -> Model:
+    """What a recipe will make of a model, in shapes: on the meta device, without work."""
+    for step in recipe.steps:
+        model = methods.predict(model, step)
+    return model
+
+
+def export(model: Model, targets: Sequence[str], out: str | Path, context: int | None = None) -> list[Outcome]:
+    """Lower a model as it is and check the artifacts; see `run` for the resumable whole.
+
+    Raises:
+        OutputError: the output folder is not empty.
+    """
+    key = key_of(token_hex())  # a model in memory has no history that a later run could know it by
+    workshop = Workshop(Path(out), {"model": key})
+    with abandoned_on_error(workshop):
+        return _finish(workshop, _Road(model, key, Unwatched()), tuple(targets), context)
+
+
+def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
+    """A whole export, stage by stage; the same job goes on where a killed one was.
+
+    Raises:
+        PocketError: whatever is wrong with the input; nothing is left behind.
+    """
+    watch = watch or Unwatched()
+    chosen = [plugins.target(name) for name in job.targets]  # a missing back end is told before the work
+    model = load(job.model)
+    windows = calibration_windows(model, job.recipe)
+    key = key_of(model.provenance.digest, code_version("exporter"), model.provenance.steps, _fingerprint(windows))
+    for target in chosen:  # so is a target that cannot take the result
+        target.plan(predict(model, job.recipe), context_of(model, job.context))
+    job_key = {
+        "model": key,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "targets": job.targets,
+        "context": job.context,
+    }
+    workshop = Workshop(job.out, job_key)
+    with abandoned_on_error(workshop):
+        road = _compressed(workshop, _Road(model, key, watch), job.recipe, windows)
+        return _finish(workshop, road, job.targets, job.context)
+
+
+def context_of(model: Model, context: int | None) -> int:
+    """Longest context of an artifact, in tokens.
+
+    Raises:
+        OutputError: it is longer than the model's own.
+    """
+    longest = model.architecture.positions
+    if context is not None and not 2 <= context <= longest:
+        raise OutputError(f"a context of {context} tokens is not possible; this model takes 2 to {longest}")
+    return min(longest, CONTEXT) if context is None else context
+
+
+def read_text(text: Path) -> str:
+    """A text file of bounded size.
+
+    Raises:
+        CheckpointError: no such file, too large, or not UTF-8.
+    """
+    if not text.is_file():
+        raise CheckpointError(f"no text file at {text}")
+    if text.stat().st_size > LARGEST_TEXT:
+        raise CheckpointError(f"{text} has {text.stat().st_size} bytes; at most {LARGEST_TEXT} are read")
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{text} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def calibration_windows(model: Model, recipe: Recipe) -> Tensor | None:
+    """Windows of tokens [windows, length] for the steps that want them, or None."""
+    if not any(methods.needs_calibration(step) for step in recipe.steps):
+        return None
+    asked = recipe.calibration
+    length = min(asked.length, model.architecture.positions)
+    text = read_text(SAMPLE if asked.text is None else Path(asked.text))
+    tokens = Tokenizer(model.files, model.architecture.bos).encode_plain(text)
+    return calibrate.windows(tokens, asked.windows, length, asked.seed, model.architecture.bos)
+
+
+def step_name(step: Any) -> str:
+    """A step for people: its kind and what matters most."""
+    config = step.model_dump(mode="json")
+    shown = [f"{config[name]}" for name in ("algorithm", "sparsity", "bits") if name in config]
+    return " ".join([config["kind"], *shown])
+
+
+@dataclass(frozen=True)
+class _Road:
+    """A model on its way: the model, the hash of how it came about, who watches, and where it is saved already."""
+
+    model: Model
+    key: str
+    watch: Watch
+    saved: Path | None = None
+
+
+def _compressed(workshop: Workshop, road: _Road, recipe: Recipe, windows: Tensor | None) -> _Road:
+    """Follow a recipe, a stage per step."""
+    for index, step in enumerate(recipe.steps):
+        key = key_of(road.key, step.model_dump(mode="json"))
+        folder, was_there = workshop.stage(f"step{index}-{step.kind}", key, partial(_make_step, road, step, windows))
+        if was_there:
+            road.watch.found(step_name(step))
+        road = _Road(store.load(folder), key, road.watch, folder)  # as saved: a resumed run sees the same numbers
+    return road
+
+
+def _make_step(road: _Road, step: Any, windows: Tensor | None, folder: Path) -> None:
+    with road.watch.stage(step_name(step)) as report:
+        store.save(methods.run(road.model, step, windows, report), folder)
+
+
+def _finish(workshop: Workshop, road: _Road, targets: Sequence[str], context: int | None) -> list[Outcome]:
+    """Save the model, lower it to every target, check each, and give all of it its final names."""
+    longest = context_of(road.model, context)
+    saved = road.saved or workshop.stage("model", key_of(road.key), partial(store.save, road.model))[0]
+    made = [(name, *_lowered(workshop, road, name, longest)) for name in targets]
+    outcomes = [checking.load_outcome(outcome) for _, _, outcome in made]
+    for (name, folder, _), outcome in zip(made, outcomes):
+        workshop.publish(folder / name, name if outcome.ok else f"{name}.failed")
+    workshop.publish(saved, MODEL)
+    workshop.write(REPORT, artifacts.to_json(checking.Report(outcomes=outcomes)))
+    workshop.finish()
+    return outcomes
+
+
+def _lowered(workshop: Workshop, road: _Road, name: str, context: int) -> tuple[Path, Path]:
+    """A stage folder with the artifact and, beside it, what its check found."""
+    target = plugins.target(name)
+    key = key_of(road.key, name, context, code_version("targets"))
+
+    def make(folder: Path) -> None:
+        with road.watch.stage(f"lower to {name}"):
+            (folder / name).mkdir()
+            made = lower(road.model, target, folder / name, context)
+        with road.watch.stage(f"check {name}"):
+            outcome = checking.check(folder / name, made, road.model, target)
+        (folder / "outcome.json").write_text(artifacts.to_json(outcome))
+
+    folder, was_there = workshop.stage(name, key, make)
+    if was_there:
+        road.watch.found(f"lower to {name}")
+    return folder, folder / "outcome.json"
+
+
+def lower(model: Model, target: plugins.Target, folder: Path, context: int) -> Artifact:
+    """Write one artifact into an empty folder: tokenizer, model files, artifact.json."""
+    plan = target.plan(model, context)
+    for name in sorted(set(model.files) & set(checkpoint.TOKENIZER_FILES)):
+        (folder / name).write_bytes(model.files[name])
+    requires = target.lower(model, plan, folder)
+    made = checking.describe(model, target, plan, requires, folder)
+    artifacts.save(made, folder)
+    return made
+
+
+def _fingerprint(windows: Tensor | None) -> str | None:
+    return None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
+def all_stages(recipe: Recipe, targets: Sequence[str]) -> Iterator[str]:
+    """The names of the stages that `run` will go through, in order."""
+    yield from (step_name(step) for step in recipe.steps)
+    for name in targets:
+        yield from (f"lower to {name}", f"check {name}")

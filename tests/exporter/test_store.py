@@ -1,0 +1,118 @@
+"""A saved model is the same model; a damaged one is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exporter import store
+from exporter.errors import CheckpointError
+from exporter.model import Layer
+from tests.models import LLAMA, OPT, random_model, trees
+
+UNEQUAL = replace(LLAMA, layers=(Layer(4, 2, 16, 8, 96), Layer(4, 4, 16, 16, 40), Layer(2, 1, 8, 4, 8)), tied=False)
+
+
+@pytest.mark.parametrize("name", sorted(trees((64, 64))))
+def test_every_tree_survives_saving_bit_for_bit(name: str, tmp_path: Path) -> None:
+    site = "model.layers.0.self_attn.q_proj"
+    model = random_model(LLAMA).with_weights({site: trees((64, 64))[name]})
+
+    store.save(model, tmp_path)
+    loaded = store.load(tmp_path)
+
+    assert loaded.architecture == model.architecture
+    assert type(loaded.weights[site]) is type(model.weights[site])
+    assert all(torch.equal(loaded.weights[at].dense(), weight.dense()) for at, weight in model.weights.items())
+    assert all(torch.equal(loaded.tensors[at], tensor) for at, tensor in model.tensors.items())
+
+
+@pytest.mark.parametrize("architecture", [UNEQUAL, OPT])
+def test_unequal_widths_provenance_and_files_survive_saving(architecture: Any, tmp_path: Path) -> None:
+    model = replace(random_model(architecture), files={"tokenizer.json": b"{}"}).with_step({"kind": "fasp", "x": 1})
+
+    store.save(model, tmp_path)
+    loaded = store.load(tmp_path)
+
+    assert loaded.architecture == architecture
+    assert loaded.provenance == model.provenance
+    assert loaded.files == {"tokenizer.json": b"{}"}
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        store.save(random_model(UNEQUAL), tmp_path / name)
+
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+def test_codes_are_stored_in_as_few_bits_as_they_need(tmp_path: Path) -> None:
+    plain, small = random_model(LLAMA), random_model(LLAMA)
+    site = "model.layers.0.mlp.down_proj"
+    small = small.with_weights({site: trees(plain.weights[site].shape)["2-bit"]})
+    sizes = []
+    for index, model in enumerate((plain, small)):
+        (tmp_path / str(index)).mkdir()
+        store.save(model, tmp_path / str(index))
+        sizes.append((tmp_path / str(index) / store.WEIGHTS).stat().st_size)
+
+    out, width = plain.weights[site].shape
+    saved = out * width * 4 - (out * width // 4 + out * width // 32 * 4)
+    assert sizes[0] - sizes[1] == pytest.approx(saved, abs=600)  # the header names more tensors
+
+
+def damage(folder: Path, change: Any) -> None:
+    manifest = json.loads((folder / store.MANIFEST).read_text())
+    change(manifest)
+    (folder / store.MANIFEST).write_text(json.dumps(manifest))
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def nest(manifest: dict[str, Any]) -> None:
+    tree: Any = manifest["trees"][Q]
+    for _ in range(40):
+        tree = {"kind": "sum", "terms": [tree]}
+    manifest["trees"][Q] = tree
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format_version=9), "format version 9; this program reads 1"),
+        (lambda m: m["trees"][Q].update(kind="magic"), "is no weight tree; kinds: dense, low_bit"),
+        (lambda m: m["trees"][Q].update({"in": 10**15}), "take 500000000000000 bytes, not"),
+        (lambda m: m["trees"][Q].update(group=7), "scales are"),
+        (lambda m: m["trees"][Q].update(bits=77), "packed codes are torch.uint8"),
+        (lambda m: m["trees"][Q].pop("name"), "does not fit"),
+        (lambda m: m.pop("trees"), "there are no trees"),
+        (lambda m: m.pop("architecture"), "does not fit"),
+        (lambda m: m["trees"].pop(Q), f"{Q} is missing, unknown, or not of the shape"),
+        (lambda m: m["architecture"].update(hidden=32), "is missing, unknown, or not of the shape"),
+        (nest, "deeper than 16 levels"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    model = random_model(LLAMA)
+    store.save(model.with_weights({Q: trees((64, 64))["4-bit"]}), tmp_path)
+    damage(tmp_path, change)
+
+    with pytest.raises(CheckpointError, match=message):
+        store.load(tmp_path)
+
+
+def test_a_truncated_weight_file_is_refused(tmp_path: Path) -> None:
+    store.save(random_model(LLAMA), tmp_path)
+    content = (tmp_path / store.WEIGHTS).read_bytes()
+    (tmp_path / store.WEIGHTS).write_bytes(content[: len(content) // 2])
+
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged"):
+        store.load(tmp_path)
