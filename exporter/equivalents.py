@@ -48,8 +48,11 @@ def decide(weight: Weight, site: str, price: Price) -> tuple[Weight, Decision]:
 def smallest(weight: Weight, price: Price) -> Choice:
     """The smallest equivalent that a target runs; of two equal ones, the one with more structure."""
     kept = _structure(weight, price)
-    if isinstance(weight, Dense | LowBit) and isinstance(kept, Choice):
-        return kept  # every equivalent of these has wider codes, or more scales
+    if isinstance(kept, Choice):
+        if isinstance(weight, Dense):
+            return kept
+        if isinstance(weight, LowBit):  # wider codes are never smaller; shorter groups are where the last one is padded
+            return min([kept, *_shorter_groups(weight, kept, price)], key=lambda choice: choice.bits)
     why = kept if isinstance(kept, str) else f"its structure would take {-(-kept.bits // 8)} bytes"
     choices = [kept] if isinstance(kept, Choice) else []
     for fold in _equivalents(weight):
@@ -58,6 +61,15 @@ def smallest(weight: Weight, price: Price) -> Choice:
             choices.append(Choice(fold, bits, (f"{describe(weight)} stored as {describe(fold)}: {why}",)))
     best = min(choices, key=lambda choice: choice.bits)
     return replace(best, weight=Dense(weight.dense())) if _is_placeholder(best.weight, weight) else best
+
+
+def _shorter_groups(weight: LowBit, kept: Choice, price: Price) -> Iterator[Choice]:
+    """The same codes with scales repeated for shorter groups: a target that pads the last group may store less."""
+    for fold in (_regrouped(weight, group) for group in _groups(weight) if group < weight.group):
+        bits = price(fold)
+        if not isinstance(bits, str):
+            why = f"whole groups of {weight.group} would take {-(-kept.bits // 8)} bytes"
+            yield Choice(fold, bits, (f"{describe(weight)} stored as {describe(fold)}: {why}",))
 
 
 def _is_placeholder(chosen: Weight, weight: Weight) -> bool:
@@ -92,7 +104,9 @@ def _equivalents(weight: Weight) -> Iterator[Weight]:
     if isinstance(weight, LowBit):
         yield from _other_low_bits(weight)
     if isinstance(weight, Sparse) and isinstance(weight.kept, LowBit):
-        filled = _filled(weight, weight.kept)
+        kept = weight.kept  # zero points that are halves are no codes; twice as wide they are
+        widths = (_widened(kept, bits) if bits > kept.bits else kept for bits in range(kept.bits, 9))
+        filled = next((found for found in (_filled(weight, wide) for wide in widths) if found is not None), None)
         if filled is not None:
             yield filled
             yield from _other_low_bits(filled)
@@ -102,9 +116,7 @@ def _equivalents(weight: Weight) -> Iterator[Weight]:
 
 def _other_low_bits(weight: LowBit) -> Iterator[LowBit]:
     """The same numbers in wider codes, or with scales repeated for shorter groups."""
-    groups = [size for size in (256, 128, 64, 32, 16) if size < weight.group and weight.group % size == 0]
-    if weight.group >= weight.shape[1]:  # one scale a row: any group repeats it
-        groups = [256, 128, 64, 32, 16]
+    groups = _groups(weight)
     for bits in range(weight.bits, 9):
         wide = weight if bits == weight.bits else _widened(weight, bits)
         if bits > weight.bits:
@@ -113,10 +125,17 @@ def _other_low_bits(weight: LowBit) -> Iterator[LowBit]:
             yield _regrouped(wide, group)
 
 
+def _groups(weight: LowBit) -> list[int]:
+    """Group sizes that runtimes have, into which this weight's groups divide."""
+    sizes = [256, 128, 64, 32, 16]
+    one_scale_a_row = weight.group >= weight.shape[1]  # any group repeats it
+    return [size for size in sizes if one_scale_a_row or (size < weight.group and weight.group % size == 0)]
+
+
 def _widened(weight: LowBit, bits: int) -> LowBit:
     """Codes of more bits, moved so that the middle stays the middle; zero points that are halves become whole."""
     zeros = weight.zeros
-    has_halves = not zeros.is_meta and bool((zeros * 2 % 2 == 1).all())
+    has_halves = not zeros.is_meta and bool((zeros * 2 % 1 == 0).all() and (zeros % 1 != 0).any())
     if has_halves:  # s (c - z) = s/2 (2c - 2z): twice the codes, around 2^b - 1
         shift = 2 ** (bits - 1) - 2**weight.bits + 1
         return LowBit(weight.codes * 2 + shift, weight.scales / 2, zeros * 2 + shift, bits, weight.group)

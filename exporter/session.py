@@ -11,7 +11,7 @@ from exporter import adapters
 from exporter.errors import PocketError
 from exporter.model import Model
 from exporter.plugins import Session
-from exporter.torch_ops import TorchOps
+from exporter.torch_ops import TorchOps, fitting_threads
 
 
 class TorchSession:
@@ -20,6 +20,7 @@ class TorchSession:
     def __init__(self, model: Model, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self._ops = TorchOps(model, dtype, device)
         self._adapter = adapters.find(model.architecture.family)
+        self._parameters = model.parameters
         self.context = model.architecture.positions
 
     def reset(self) -> None:
@@ -29,7 +30,7 @@ class TorchSession:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens; returns the logits after each of them, [tokens, vocab]."""
         ids = torch.tensor([list(tokens)], device=self._ops.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), fitting_threads(self._parameters):
             self._ops.begin()
             return adapters.logits(self._adapter, self._ops, ids)[0]
 

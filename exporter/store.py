@@ -45,6 +45,7 @@ def save(model: Model, folder: Path) -> None:
     tensors: dict[str, Tensor] = {f"tensor/{name}": tensor.contiguous() for name, tensor in model.tensors.items()}
     trees = {site: _write(weight, f"weight/{site}", tensors) for site, weight in sorted(model.weights.items())}
     save_file(dict(sorted(tensors.items())), folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # the library writes for its owner alone
     manifest = {
         "format_version": FORMAT_VERSION,
         "architecture": asdict(model.architecture),

@@ -39,7 +39,15 @@ class Shapes:
 
 
 class Adapter(Protocol):
-    """A model family. Adapters are modules; these are their functions."""
+    """A model family. Adapters are modules; these are their names and functions.
+
+    Attributes:
+        EMBEDDING: Site of the token embedding.
+        HEAD: Site of the head, where it is not tied.
+    """
+
+    EMBEDDING: str
+    HEAD: str
 
     def read(self, config: Mapping[str, Any]) -> Architecture:
         """The architecture that a config.json describes; a field that it cannot honour is refused by name."""

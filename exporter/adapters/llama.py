@@ -116,9 +116,8 @@ def _positions(fields: Fields) -> int:
     is_used = fields.get("use_sliding_window", True)
     layer_types = set(fields.get("layer_types", []))
     if layer_types - {"full_attention", "sliding_attention"}:
-        raise ArchitectureError(
-            f"config.json: layer_types holds {sorted(layer_types)}; known: full_attention, sliding_attention"
-        )
+        kinds = ", ".join(sorted(str(kind) for kind in layer_types))
+        raise ArchitectureError(f"config.json: layer_types are {kinds}; known: full_attention, sliding_attention")
     return min(positions, fields.integer("sliding_window")) if window is not None and is_used else positions
 
 
@@ -143,8 +142,6 @@ def _rope(fields: Fields) -> Rope:
             original = settings.integer("original_max_position_embeddings")
             rope = Rope(theta, "llama3", settings.number("factor"), low, high, original)
         case _:
-            raise ArchitectureError(
-                f"config.json: rope type {kind!r} cannot be exported; known: default, linear, llama3"
-            )
+            raise ArchitectureError(f"config.json: rope type is {kind!r}; known: default, linear, llama3")
     settings.finish()
     return rope
