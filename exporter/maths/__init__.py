@@ -1,1 +1,1 @@
-"""Pure tensor mathematics, shared by the methods."""
+"""Pure functions on tensors: rounding to low bits, GPTQ, channel scores, least squares."""

@@ -1,0 +1,243 @@
+"""FASP: whole channels are pruned, and those that stay are restored by least squares.
+
+Removing column j of a later matrix makes row j of the earlier one useless: `down[:, j]` with `gate[j]` and `up[j]`,
+`o[:, j]` with `v[j]`. Queries and keys are left whole, so the other matrices are pruned a little more.
+
+Source: FASP, arXiv:2501.09412. Differs, or decides what it leaves open: value channels are chosen in groups that share
+a key-value head, the same number per head, so that attention stays one operation; kept widths are multiples; the
+least squares are pulled towards the unpruned columns (see `maths.channels.restored`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from exporter import adapters
+from exporter.calibrate import Calibration
+from exporter.compress.step import Report, StepConfig, layer_sites
+from exporter.errors import RecipeError
+from exporter.maths.channels import column_scores, restored, strongest
+from exporter.model import Layer, Model
+from exporter.weights import Dense, describe
+
+QUARTER = 4  # a value head is never rounded more coarsely than to quarters of it
+
+
+class FaspConfig(StepConfig):
+    """Prune channels of values and MLPs.
+
+    `sparsity` is the fraction of the decoder layers' weights to remove, queries and keys counted in. Kept widths are
+    rounded to `multiple`; value heads to the largest divisor of it that is at most a quarter of the head.
+    `scores`: `wanda` weighs channels by the norm of their inputs, `magnitude` does not. `restore` refits what stays,
+    with `ridge` times the mean squared input as its pull towards the old weights.
+    """
+
+    kind: Literal["fasp"] = "fasp"
+    version: Literal[1] = 1
+    sparsity: Annotated[float, Field(ge=0, le=0.9)]
+    multiple: Annotated[int, Field(ge=1, le=1024)] = 8
+    scores: Literal["wanda", "magnitude"] = "wanda"
+    restore: bool = True
+    ridge: Annotated[float, Field(ge=0, le=100)] = 1e-2
+
+
+def needs_calibration(config: FaspConfig) -> bool:
+    """Whether scores or restoration read activations."""
+    return config.sparsity > 0 and (config.scores == "wanda" or config.restore)
+
+
+def run(model: Model, config: FaspConfig, windows: Tensor | None, report: Report) -> Model:
+    """Prune layer after layer: attention first, then the MLP with what the restored attention gives it."""
+    widths = pruned_widths(model, config)
+    calibration = _calibration(model, config, windows)
+    for index, layer in enumerate(widths):
+        model = _prune_values(model, index, layer.value_dim, config, calibration)
+        model = _prune_mlp(model, index, layer.mlp, config, calibration)
+        if calibration is not None:
+            calibration.advance(model, index)
+        report((index + 1) / len(widths))
+    return model.with_step(config.model_dump(mode="json"))
+
+
+def predict(model: Model, config: FaspConfig) -> Model:
+    """The shapes that `run` will give."""
+    before, widths = model.architecture.layers, pruned_widths(model, config)
+    for index, layer in enumerate(widths):
+        if layer.value_dim != before[index].value_dim:
+            model = _bias_moved_in_shape(model, index)
+        model = model.with_layer(index, layer)
+    shapes = adapters.find(model.architecture.family).shapes(model.architecture)
+    lengths = {**shapes.tensors, **shapes.optional}
+    changed = {site: Dense(torch.empty(shape, device="meta", dtype=_values(model, site).dtype))
+               for site, shape in shapes.weights.items() if model.weights[site].shape != shape}  # fmt: skip
+    shorter = {name: torch.empty(lengths[name], device="meta", dtype=tensor.dtype)
+               for name, tensor in model.tensors.items() if tensor.shape != (lengths[name],)}  # fmt: skip
+    return model.with_weights(changed).with_tensors(shorter).with_step(config.model_dump(mode="json"))
+
+
+def multiplier(model: Model) -> float:
+    """How much more to prune of the prunable matrices, so that the whole reaches the sparsity without q and k."""
+    whole = skipped = 0
+    for index in range(len(model.architecture.layers)):
+        q, k, *others = (model.weights[site].shape for site in layer_sites(model, index))
+        skipped += q[0] * q[1] + k[0] * k[1]
+        whole += sum(out * width for out, width in others)
+    return (whole + skipped) / whole
+
+
+def pruned_widths(model: Model, config: FaspConfig) -> tuple[Layer, ...]:
+    """Widths of every layer after pruning.
+
+    Raises:
+        RecipeError: the matrices that may be pruned do not hold that much, or are not dense any more.
+    """
+    more = multiplier(model)
+    share = config.sparsity * more
+    if share >= 1:
+        raise RecipeError(
+            f"fasp: sparsity {config.sparsity:g} is more than values and MLPs hold; give less than {1 / more:.3f}"
+        )
+    layers = model.architecture.layers
+    for index in range(len(layers) if share else 0):
+        for site in layer_sites(model, index)[2:]:
+            _values(model, site)
+    return tuple(_pruned_layer(layer, share, config.multiple) for layer in layers)
+
+
+def kept_width(width: int, share: float, multiple: int) -> int:
+    """What stays of a width: the multiple nearest to `width * (1 - share)`, at least one; or the whole width.
+
+    Args:
+        width: Channels.
+        share: To remove, 0 <= share < 1.
+        multiple: >= 1.
+    """
+    wanted = width * (1 - share)
+    below = max(multiple, int(wanted) // multiple * multiple)
+    choices = [min(kept, width) for kept in (below, below + multiple)]
+    return choices[0] if abs(choices[0] - wanted) <= abs(choices[1] - wanted) else choices[1]
+
+
+def value_multiple(value_dim: int, multiple: int) -> int:
+    """The largest divisor of `multiple` that is at most a quarter of a value head, at least 1."""
+    return max((d for d in range(1, value_dim // QUARTER + 1) if multiple % d == 0), default=1)
+
+
+def value_channels(scores: Tensor, layer: Layer, keep: int) -> tuple[Tensor, Tensor]:
+    """Choose the value channels that stay, the same number in each key-value head.
+
+    One row of v feeds a column of o in each query head of its group, so these columns are kept or pruned together.
+
+    Args:
+        scores: [heads * value_dim], of the columns of o.
+        layer: Widths before pruning.
+        keep: Channels per head that stay.
+
+    Returns:
+        Rows of v [kv_heads * keep] and columns of o [heads * keep], rising.
+    """
+    group = layer.heads // layer.kv_heads
+    per_channel = scores.reshape(layer.kv_heads, group, layer.value_dim).sum(1)
+    kept = strongest(per_channel, keep)  # [kv_heads, keep]
+    rows = torch.arange(layer.kv_heads)[:, None] * layer.value_dim + kept
+    columns = torch.arange(layer.heads)[:, None] * layer.value_dim + kept.repeat_interleave(group, dim=0)
+    return rows.flatten(), columns.flatten()
+
+
+def _pruned_layer(layer: Layer, share: float, multiple: int) -> Layer:
+    value_dim = kept_width(layer.value_dim, share, value_multiple(layer.value_dim, multiple))
+    return replace(layer, value_dim=value_dim, mlp=kept_width(layer.mlp, share, multiple))
+
+
+def _calibration(model: Model, config: FaspConfig, windows: Tensor | None) -> Calibration | None:
+    if not needs_calibration(config):
+        return None
+    if windows is None:
+        raise RecipeError("fasp: scores and restoration want calibration text; give it, or magnitude without restore")
+    return Calibration(model, windows)
+
+
+def _prune_values(model: Model, index: int, keep: int, config: FaspConfig, calibration: Calibration | None) -> Model:
+    layer = model.architecture.layers[index]
+    if keep == layer.value_dim:
+        return model
+    sites = adapters.find(model.architecture.family).attention_sites(index)
+    model = _bias_moved(model, index)
+    gram = None if calibration is None else calibration.gram(model, index, [sites.o])[sites.o]
+    rows, columns = value_channels(_scores(model, sites.o, gram, config), layer, keep)
+    model = _with_columns(_with_rows(model, sites.v, rows), sites.o, columns, gram, config)
+    return model.with_layer(index, replace(layer, value_dim=keep))
+
+
+def _prune_mlp(model: Model, index: int, keep: int, config: FaspConfig, calibration: Calibration | None) -> Model:
+    layer = model.architecture.layers[index]
+    if keep == layer.mlp:
+        return model
+    sites = adapters.find(model.architecture.family).mlp_sites(index)
+    gram = None if calibration is None else calibration.gram(model, index, [sites.down])[sites.down]
+    kept = strongest(_scores(model, sites.down, gram, config), keep)
+    for site in (sites.up,) if sites.gate is None else (sites.gate, sites.up):
+        model = _with_rows(model, site, kept)
+    model = _with_columns(model, sites.down, kept, gram, config)
+    return model.with_layer(index, replace(layer, mlp=keep))
+
+
+def _scores(model: Model, site: str, gram: Tensor | None, config: FaspConfig) -> Tensor:
+    return column_scores(_values(model, site), gram if config.scores == "wanda" else None)
+
+
+def _with_rows(model: Model, site: str, rows: Tensor) -> Model:
+    """The model with only some rows of a matrix, and of its bias."""
+    name = f"{site}.bias"
+    biases = {name: model.tensors[name][rows]} if name in model.tensors else {}
+    return model.with_weights({site: Dense(_values(model, site)[rows])}).with_tensors(biases)
+
+
+def _with_columns(model: Model, site: str, columns: Tensor, gram: Tensor | None, config: FaspConfig) -> Model:
+    """The model with only some columns of a matrix, refitted where the config says so."""
+    values = _values(model, site)
+    if gram is None or not config.restore:
+        return model.with_weights({site: Dense(values[:, columns].contiguous())})
+    return model.with_weights({site: Dense(restored(values, gram, columns, config.ridge).to(values.dtype))})
+
+
+def _bias_moved(model: Model, index: int) -> Model:
+    """The same model with the bias of v in the bias of o: attention weights sum to 1, so it passes unchanged.
+
+    Pruned channels then take no bias with them.
+    """
+    sites = adapters.find(model.architecture.family).attention_sites(index)
+    v_bias, o_bias = f"{sites.v}.bias", f"{sites.o}.bias"
+    if v_bias not in model.tensors:
+        return model
+    layer, given = model.architecture.layers[index], model.tensors[v_bias]
+    heads = given.double().reshape(layer.kv_heads, 1, -1).expand(-1, layer.heads // layer.kv_heads, -1)
+    moved = _values(model, sites.o).double() @ heads.flatten()  # [hidden]
+    moved = moved + model.tensors[o_bias].double() if o_bias in model.tensors else moved
+    return _without(model, v_bias).with_tensors({o_bias: moved.to(given.dtype)})
+
+
+def _bias_moved_in_shape(model: Model, index: int) -> Model:
+    """What `_bias_moved` does to the names and lengths of tensors."""
+    sites = adapters.find(model.architecture.family).attention_sites(index)
+    v_bias = f"{sites.v}.bias"
+    if v_bias not in model.tensors:
+        return model
+    moved = torch.empty(model.architecture.hidden, device="meta", dtype=model.tensors[v_bias].dtype)
+    return _without(model, v_bias).with_tensors({f"{sites.o}.bias": moved})
+
+
+def _without(model: Model, name: str) -> Model:
+    return replace(model, tensors={key: tensor for key, tensor in model.tensors.items() if key != name})
+
+
+def _values(model: Model, site: str) -> Tensor:
+    weight = model.weights[site]
+    if not isinstance(weight, Dense):
+        raise RecipeError(f"{site} is {describe(weight)}; fasp prunes plain matrices: put it before other steps")
+    return weight.values

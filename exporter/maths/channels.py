@@ -1,0 +1,62 @@
+"""Which channels of a matrix's input matter least, and what the others can do to make up for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exporter.errors import WeightError
+
+
+def column_scores(weight: Tensor, gram: Tensor | None) -> Tensor:
+    """Sum over a column of |w|, times the norm of its input over the calibration tokens.
+
+    Args:
+        weight: [out, in].
+        gram: [in, in], sum of x x^T; None counts every input the same, which is magnitude pruning.
+
+    Returns:
+        [in], float64, >= 0.
+
+    Source: FASP, arXiv:2501.09412, on the metric of Wanda, arXiv:2306.11695.
+    """
+    magnitude = weight.double().abs().sum(0)
+    return magnitude if gram is None else magnitude * gram.diagonal().sqrt()
+
+
+def strongest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores along the last dimension, rising; of equal ones the first."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :count].sort(dim=-1).values
+
+
+def restored(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """Least squares: the kept columns, changed so that the outputs stay closest to those of all columns.
+
+    W' = (W G[:, K] + lam W[:, K]) (G[K, K] + lam I)^-1 with lam = ridge * mean diag G[K, K]. The ridge pulls towards
+    W[:, K], so on the calibration tokens the result is never worse than W[:, K] itself, for any ridge.
+
+    Args:
+        weight: [out, in]; computed in float64.
+        gram: [in, in], float64, sum of x x^T.
+        kept: [count], rising indices.
+        ridge: >= 0.
+
+    Returns:
+        [out, count], float64.
+
+    Raises:
+        WeightError: ridge is 0 and the kept inputs depend on each other linearly.
+
+    Source: FASP, arXiv:2501.09412, section on restoration. Differs: it does not say its ridge; this one is ours.
+    """
+    weight = weight.double()
+    inputs = gram[kept][:, kept]
+    pull = ridge * float(inputs.diagonal().mean())
+    if float(inputs.diagonal().max()) == 0:  # nothing to learn from
+        return weight[:, kept]
+    factor, failed = torch.linalg.cholesky_ex(inputs + pull * torch.eye(len(kept), dtype=inputs.dtype))
+    if int(failed):
+        raise WeightError(f"the inputs of the kept channels depend on each other; give a ridge over {ridge:g}")
+    wanted = weight @ gram[:, kept] + pull * weight[:, kept]
+    return torch.cholesky_solve(wanted.T, factor).T.contiguous()

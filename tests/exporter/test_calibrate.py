@@ -1,0 +1,157 @@
+"""Windows of text, and Gram matrices against the activations themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from exporter import adapters
+from exporter.calibrate import Calibration, windows
+from exporter.compress.step import layer_sites
+from exporter.errors import RecipeError
+from exporter.model import Architecture, Layer, Model
+from exporter.torch_ops import TorchOps
+from exporter.weights import Dense
+from tests.models import LLAMA, OPT, random_model
+
+LAYERS = (Layer(4, 2, 16, 16, 96), Layer(4, 2, 16, 6, 40))
+OPT_LAYERS = (Layer(4, 4, 16, 16, 96), Layer(4, 4, 16, 6, 40))
+ARCHITECTURES = [replace(LLAMA, layers=LAYERS), replace(OPT, layers=OPT_LAYERS)]
+FAMILIES = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.family)
+
+
+def text(model: Model, count: int = 5, length: int = 12) -> Tensor:
+    return torch.randint(0, model.architecture.vocab, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+class Listening(TorchOps):
+    """Keeps the input of every matrix."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model, torch.float64)
+        self.heard: dict[str, list[Tensor]] = {}
+
+    def linear(self, x: Tensor, site: str) -> Tensor:
+        self.heard.setdefault(site, []).append(x[0])
+        return super().linear(x, site)
+
+
+def slow_grams(model: Model, windows: Tensor) -> dict[str, Tensor]:
+    """Every window alone through the whole model, its inputs kept and multiplied at the end."""
+    ops = Listening(model)
+    for window in windows:
+        ops.reset()
+        ops.begin()
+        adapters.logits(adapters.find(model.architecture.family), ops, window[None])
+    return {site: (x := torch.cat(heard)).T @ x for site, heard in ops.heard.items()}
+
+
+@FAMILIES
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_grams_of_every_layer_are_those_of_the_whole_model(architecture: Architecture, batch: int) -> None:
+    model = random_model(architecture)
+    ids = text(model)
+    expected = slow_grams(model, ids)
+    walk = Calibration(model, ids, batch=batch, dtype=torch.float64)
+    for layer in range(len(architecture.layers)):
+        sites = layer_sites(model, layer)
+        grams = walk.gram(model, layer, sites)
+        assert set(grams) == set(sites)
+        for site in sites:
+            assert torch.allclose(grams[site], expected[site], rtol=1e-9, atol=1e-12), site
+        walk.advance(model, layer)
+
+
+def test_sums_are_float64_where_activations_are_float32() -> None:
+    model = random_model(ARCHITECTURES[0])
+    ids, site = text(model), layer_sites(model, 0)[0]
+    found = Calibration(model, ids).gram(model, 0, [site])[site]
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, slow_grams(model, ids)[site], rtol=1e-4, atol=1e-4)
+
+
+def test_sites_of_one_input_share_one_sum() -> None:
+    model = random_model(ARCHITECTURES[0])
+    q, k, v, o, gate, up, down = layer_sites(model, 0)
+    grams = Calibration(model, text(model)).gram(model, 0, [q, k, v, o, gate, up, down])
+    assert grams[q] is grams[k] is grams[v]
+    assert grams[gate] is grams[up]
+    assert len({id(gram) for gram in grams.values()}) == 4
+
+
+def test_only_the_sites_asked_for_are_summed() -> None:
+    model = random_model(ARCHITECTURES[0])
+    _, _, v, o, *_ = layer_sites(model, 0)
+    assert list(Calibration(model, text(model)).gram(model, 0, [v, o])) == [v, o]
+
+
+def test_a_gram_follows_the_model_as_it_is_now() -> None:
+    model = random_model(ARCHITECTURES[0], optional=())
+    down = layer_sites(model, 0)[-1]
+    walk = Calibration(model, text(model))
+    before = walk.gram(model, 0, [down])[down]
+    changed = model.with_weights({"model.layers.0.mlp.up_proj": Dense(torch.zeros(96, 64))})
+    assert float(before.norm()) > 0
+    assert float(walk.gram(changed, 0, [down])[down].norm()) == 0
+
+
+def test_layers_are_walked_in_order() -> None:
+    model = random_model(ARCHITECTURES[0])
+    walk = Calibration(model, text(model))
+    with pytest.raises(ValueError, match="stand before layer 0, not before layer 1"):
+        walk.gram(model, 1, [])
+    walk.advance(model, 0)
+    with pytest.raises(ValueError, match="stand before layer 1, not before layer 0"):
+        walk.advance(model, 0)
+
+
+def test_windows_that_do_not_fit_the_model_are_refused() -> None:
+    model = random_model(ARCHITECTURES[0])
+    with pytest.raises(RecipeError, match="windows have 65 tokens; the model's context is 64"):
+        Calibration(model, text(model, length=65))
+    with pytest.raises(RecipeError, match="tokens run from 0 to 96; the model has 96"):
+        Calibration(model, torch.tensor([[0, 96]]))
+
+
+def test_activations_that_overflow_are_told_with_their_layer() -> None:
+    model = random_model(ARCHITECTURES[0])
+    up = "model.layers.0.mlp.up_proj"
+    model = model.with_weights({up: Dense(model.weights[up].dense() * 1e38)})
+    down = layer_sites(model, 0)[-1]
+    with pytest.raises(RecipeError, match="activations of layer 0 are not finite"):
+        Calibration(model, text(model)).gram(model, 0, [down])
+
+
+# ---- windows -----------------------------------------------------------------------------------------------------
+
+
+def test_windows_are_pieces_of_the_text_after_a_bos_token() -> None:
+    tokens = list(range(100, 150))
+    found = windows(tokens, 20, 8, seed=0, bos=1)
+    assert found.shape == (20, 8)
+    assert bool((found[:, 0] == 1).all())
+    assert bool((found[:, 1:].diff(dim=1) == 1).all())
+    assert len(set(found[:, 1].tolist())) > 10
+    assert set(found[:, 1].tolist()) <= set(range(100, 144))
+
+
+def test_the_seed_decides_the_windows() -> None:
+    tokens = list(range(1000))
+    assert torch.equal(windows(tokens, 5, 8, 3, None), windows(tokens, 5, 8, 3, None))
+    assert not torch.equal(windows(tokens, 5, 8, 3, None), windows(tokens, 5, 8, 4, None))
+
+
+@pytest.mark.parametrize(("bos", "needed"), [(1, 7), (None, 8)])
+def test_a_text_may_be_one_window_long_but_no_shorter(bos: int | None, needed: int) -> None:
+    assert windows(range(needed), 2, 8, 0, bos)[1].tolist()[-needed:] == list(range(needed))
+    with pytest.raises(RecipeError, match=f"the text has {needed - 1} tokens and a window needs {needed}"):
+        windows(range(needed - 1), 2, 8, 0, bos)
+
+
+@pytest.mark.parametrize(("count", "length"), [(0, 8), (4, 1)])
+def test_windows_that_calibrate_nothing_are_refused(count: int, length: int) -> None:
+    with pytest.raises(RecipeError, match="at least 1 window of 2 tokens"):
+        windows(range(100), count, length, 0, None)
