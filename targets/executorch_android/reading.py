@@ -1,0 +1,223 @@
+"""Reading a written .pte back: what is delegated, which constants it holds, what its constant methods say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack import serialization
+from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+from executorch.exir._serialize._flatbuffer import _flatc_decompile
+from executorch.exir._serialize._program import deserialize_pte_binary
+from torch import Tensor
+
+from exporter.model import Model
+from exporter.plugins import Finding, Plan
+from exporter.weights import Dense, LowBit, Shared, Weight, nodes
+from targets.executorch_android import layout
+from targets.executorch_android.package import FILE, metadata
+from targets.executorch_android.uses import Uses
+
+KINDS = {(4, False): "qbint4", (4, True): "qcint4", (8, True): "qcint8"}  # bits, one scale a row -> XNNPACK's type
+CONSTANT_ALIGNMENT = 16  # bytes
+PREFIX = "xnn_datatype_"
+FIELDS = {"Int": "int_val", "Bool": "bool_val", "Double": "double_val"}  # values of constant methods
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A .pte as far as it is checked.
+
+    Args:
+        file: All of it.
+        named: sha256 of each blob that delegates read.
+        constants: sha256 of each constant of the program.
+        methods: Value of each constant method.
+        inputs: Type and shape of each input of `forward`; the outputs likewise.
+        linears: Input type and weight type of each linear in a delegate, counted.
+        operators: Operators of `forward` outside delegates.
+    """
+
+    file: bytes
+    named: frozenset[str]
+    constants: frozenset[str]
+    methods: dict[str, Any]
+    inputs: list[tuple[str, list[int]]]
+    outputs: list[tuple[str, list[int]]]
+    linears: Counter[tuple[str, str]]
+    operators: frozenset[str]
+
+    def holds(self, where: str, data: bytes) -> bool:
+        """Whether some bytes are a blob of a delegate (`named`) or a constant of the program (`constants`)."""
+        return _digest(data) in self.named if where == "named" else _digest(_padded(data)) in self.constants
+
+
+def read(path: Path) -> Contents:
+    """Read a .pte."""
+    data = path.read_bytes()
+    file = deserialize_pte_binary(data)
+    plans = {plan.name: plan for plan in file.program.execution_plan}
+    forward = plans.pop("forward")
+    graphs = [_graph(file.program.backend_delegate_data[d.processed.index].data) for d in forward.delegates]
+    return Contents(
+        file=data,
+        named=frozenset(_digest(bytes(blob)) for blob in _blobs(file.named_data)),
+        constants=frozenset(_digest(_padded(bytes(buffer.storage))) for buffer in file.program.constant_buffer),
+        methods={name: _constant(plan) for name, plan in plans.items()},
+        inputs=[_tensor(forward.values[i]) for i in forward.inputs],
+        outputs=[_tensor(forward.values[i]) for i in forward.outputs],
+        linears=Counter(pair for graph in graphs for pair in _linears(graph)),
+        operators=frozenset(f"{operator.name}.{operator.overload}" for operator in forward.operators),
+    )
+
+
+def findings(folder: Path, model: Model, plan: Plan) -> Iterator[Finding]:
+    """Compare a written folder with its plan."""
+    contents = read(folder / FILE)
+    uses = Uses(model)
+    yield from _interface(contents, model, plan)
+    yield _delegated(contents, plan, uses)
+    for site, weight in plan.weights.items():
+        yield _weight(contents, site, weight, uses)
+    yield _vectors(contents, model)
+
+
+def _interface(contents: Contents, model: Model, plan: Plan) -> Iterator[Finding]:
+    expected = metadata(model, plan.context)
+    wrong = sorted(name for name, value in expected.items() if contents.methods.get(name) != value)
+    yield Finding("constant methods", not wrong, f"wrong or missing: {', '.join(wrong)}" if wrong else "as stated")
+    longest, vocab = expected["get_max_seq_len"], model.architecture.vocab
+    wanted = [("LONG", [1, longest]), ("LONG", [1])], [("FLOAT", [1, longest, vocab])]
+    found = contents.inputs, contents.outputs
+    yield Finding("forward(tokens [1, T], position [1]) -> logits [1, T, vocab]", found == wanted, f"{found}")
+    runs = {"llama::custom_sdpa.out", "llama::update_cache.out"} <= contents.operators
+    yield Finding("attention", runs, "llama::custom_sdpa and llama::update_cache" if runs else "not the LLM kernels")
+
+
+def _delegated(contents: Contents, plan: Plan, uses: Uses) -> Finding:
+    """Every leaf with codes is one XNNPACK linear with int8 rows and that weight type; nothing is weight-only."""
+    leaves = [leaf for site in uses.products for leaf in nodes(plan.weights[site]) if isinstance(leaf, LowBit)]
+    expected = Counter(("qdint8", KINDS[leaf.bits, layout.is_row_wise(leaf)]) for leaf in leaves)
+    found = Counter({pair: count for pair, count in contents.linears.items() if pair != ("fp32", "fp32")})
+    words = ", ".join(f"{count} of {pair[1]} on {pair[0]} rows" for pair, count in sorted(found.items())) or "none"
+    return Finding("linears with codes in XNNPACK", found == expected, f"{words}, planned {sum(expected.values())}")
+
+
+def _weight(contents: Contents, site: str, weight: Weight, uses: Uses) -> Finding:
+    parts = list(_parts(site, weight, uses))
+    lacking = sorted({what for what, where, data in parts if not contents.holds(where, data)})
+    if lacking:
+        return Finding(site, False, f"not in the file: {', '.join(lacking)}")
+    is_twice = site in uses.tied and any(contents.file.count(data) > 1 for data in _once(weight))
+    return Finding(site, not is_twice, "stored twice" if is_twice else "bit for bit")
+
+
+def _once(weight: Weight) -> Iterator[bytes]:
+    """What a tied matrix keeps once in the file."""
+    if isinstance(weight, Dense):
+        yield _bytes(weight.dense())
+    if isinstance(weight, LowBit) and layout.is_shareable(weight):
+        yield layout.packed_for_product(weight)
+
+
+def _parts(site: str, weight: Weight, uses: Uses) -> Iterator[tuple[str, str, bytes]]:
+    """Each part of a tree: its name, where it lies in the file, its bytes."""
+    is_tied = site in uses.tied
+    for node in nodes(weight):
+        if isinstance(node, Dense):
+            yield "values", "constants" if site in uses.lookups else "named", _bytes(node.dense())
+        if isinstance(node, Shared):
+            yield "labels", "constants", _bytes(node.labels.to(torch.int32))
+        if isinstance(node, LowBit) and site in uses.lookups:
+            yield from _lookup_parts(node, is_tied)
+        if isinstance(node, LowBit) and (is_tied or site not in uses.lookups):
+            yield "codes", "named", layout.packed_for_product(node)
+            scales = layout.stored_scales(node)
+            yield "scales", "named", _bytes(scales if layout.is_row_wise(node) else scales.to(torch.bfloat16))
+
+
+def _lookup_parts(weight: LowBit, is_tied: bool) -> Iterator[tuple[str, str, bytes]]:
+    scales, zeros = layout.lookup_scales(weight)
+    is_shared = is_tied and layout.is_shareable(weight)
+    codes = layout.shared_codes(weight) if is_shared else layout.packed_for_lookup(weight)
+    yield "codes of the lookup", "constants", _bytes(codes)
+    yield "scales of the lookup", "constants", _bytes(scales)
+    if zeros is not None:
+        yield "zero points of the lookup", "constants", _bytes(zeros)
+
+
+def _vectors(contents: Contents, model: Model) -> Finding:
+    vectors = {name: _bytes(tensor.float()) for name, tensor in model.tensors.items()}
+    lacking = sorted(
+        name for name, v in vectors.items() if not (contents.holds("named", v) or contents.holds("constants", v))
+    )
+    return Finding(
+        "norms and biases", not lacking, f"not in the file: {', '.join(lacking)}" if lacking else "bit for bit"
+    )
+
+
+def _blobs(named: Any) -> Iterator[bytes]:
+    for entry in named.pte_data.values():
+        yield named.buffers[entry.buffer_index]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def _padded(data: bytes) -> bytes:
+    """Constants are read back with the padding after them."""
+    return data + bytes(-len(data) % CONSTANT_ALIGNMENT)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _constant(plan: Any) -> Any:
+    """What a constant method returns: a list where it is one of token ids, else one number."""
+    values = [getattr(plan.values[i].val, FIELDS[type(plan.values[i].val).__name__]) for i in plan.outputs]
+    return values if plan.name == "get_eos_ids" else values[0]
+
+
+def _tensor(value: Any) -> tuple[str, list[int]]:
+    return value.val.scalar_type.name, list(value.val.sizes)
+
+
+def _graph(data: bytes) -> dict[str, Any]:
+    """An XNNPACK delegate's graph, as its schema names things."""
+    data = bytes(data)
+    header = XNNHeader.from_bytes(data[: XNNHeader.EXPECTED_LENGTH])
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        (place / "graph.bin").write_bytes(data[header.flatbuffer_offset :][: header.flatbuffer_size])
+        schema = place / "schema.fbs"
+        schema.write_bytes(resources.files(serialization).joinpath("schema.fbs").read_bytes())
+        _flatc_decompile(scratch, str(schema), str(place / "graph.bin"), ["--raw-binary"])
+        text = re.sub(
+            r":\s*(-?)inf\b", r": \1Infinity", (place / "graph.json").read_text()
+        )  # flatc's JSON is not quite
+        graph: dict[str, Any] = json.loads(text)
+        return graph
+
+
+def _linears(graph: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    types: dict[int, str] = {}
+    for value in graph["xvalues"]:
+        union = value["xvalue_union"]
+        tensor = union.get("tensor_value", union)
+        types[tensor["id_out"]] = tensor["datatype"].removeprefix(PREFIX)
+    for node in graph["xnodes"]:
+        if node["xnode_union_type"] == "XNNFullyConnected":
+            union = node["xnode_union"]
+            yield types[union["input1_id"]], types[union["filter_id"]]
