@@ -1,0 +1,50 @@
+"""Core ML: an iOS 18 ML program with its keys and values as states, written with the MIL builder.
+
+There is no Core ML on this machine, so nothing is run: the constants are read back bit for bit and the interface is
+compared. coremltools takes seconds to import; it is imported by the methods that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from exporter.artifact import Budget
+from exporter.errors import TargetError
+from exporter.model import Model
+from exporter.plugins import Finding, Plan, Session
+from targets.coreml_ios import planning
+
+
+class CoreMLTarget:
+    """The `coreml-ios` target."""
+
+    name = "coreml-ios"
+    extra = "coreml"
+    runs_here = False
+
+    def plan(self, model: Model, context: int) -> Plan:
+        return planning.plan(model, context)
+
+    def lower(self, model: Model, plan: Plan, folder: Path) -> Mapping[str, str]:
+        from targets.coreml_ios import package
+
+        package.write(model, plan, folder / package.NAME)
+        return planning.requires(plan.weights)
+
+    def budget(self, model: Model, plan: Plan) -> Budget:
+        return planning.budget(model)
+
+    def inspect(self, folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
+        from targets.coreml_ios import inspection
+
+        return inspection.inspect(folder, model, plan)
+
+    def session(self, folder: Path) -> Session:
+        raise TargetError(
+            f"Core ML programs cannot run on this machine, so {folder} has no session; "
+            "its constants and interface are checked instead (`pocket check`)"
+        )
+
+
+TARGET = CoreMLTarget()

@@ -1,0 +1,86 @@
+"""Writes an .mlpackage: the program from the verbs, and files that are the same bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporter import adapters
+from exporter.errors import OutputError
+from exporter.model import Model
+from exporter.plugins import Plan
+from targets.coreml_ios.backend import ct, get_new_symbol, mb, quiet, types
+from targets.coreml_ios.ops import CoreMLOps, state_shapes
+from targets.coreml_ios.reader import FOLDER, ROOT, SPECIFICATION, WEIGHTS
+
+NAME = "model.mlpackage"
+
+
+def write(model: Model, plan: Plan, path: Path) -> None:
+    """Write `model`, with the trees of `plan`, as the package `path`, which must not exist.
+
+    Raises:
+        TargetError: a value does not fit float16.
+        OutputError: the disk is full: constants pass through the temporary folder (TMPDIR) first.
+    """
+    program = _program(model.with_weights(plan.weights), plan.context)
+    try:
+        with quiet():
+            converted = _convert(program, plan.context, path)
+    except RuntimeError as error:  # how coremltools' C++ writer says that a file could not be written
+        if not any(words in str(error) for words in ("filesystem error", "MIL FileWriter")):
+            raise
+        raise OutputError(f"{path} or {tempfile.gettempdir()}: {error}; is the disk full?") from None
+    specification = converted.get_spec()
+    specification.description.metadata.Clear()  # the date of the conversion is in there
+    (path / ROOT / SPECIFICATION).write_bytes(specification.SerializeToString(deterministic=True))
+    (path / "Manifest.json").write_text(_manifest(path))
+
+
+def _program(model: Model, context: int) -> Any:
+    tokens, end = get_new_symbol(), get_new_symbol()
+    keys, values = state_shapes(model.architecture, context)
+    specs = [
+        mb.TensorSpec((1, tokens), dtype=types.int32), mb.TensorSpec((1, 1, tokens, end), dtype=types.fp16),
+        mb.StateTensorSpec(keys, dtype=types.fp16), mb.StateTensorSpec(values, dtype=types.fp16),
+    ]  # fmt: skip
+
+    @mb.program(input_specs=specs, opset_version=ct.target.iOS18)  # type: ignore[untyped-decorator]
+    def program(inputIds: Any, causalMask: Any, keyCache: Any, valueCache: Any) -> Any:  # noqa: N803 (Apple's names)
+        ops = CoreMLOps(model, inputIds, causalMask, keyCache, valueCache, context)
+        return mb.identity(x=adapters.logits(adapters.find(model.architecture.family), ops, inputIds), name="logits")
+
+    return program
+
+
+def _convert(program: Any, context: int, path: Path) -> Any:
+    tokens, end = ct.RangeDim(1, context, default=1), ct.RangeDim(1, context, default=1)
+    inputs = [ct.TensorType("inputIds", (1, tokens), dtype=np.int32),
+              ct.TensorType("causalMask", (1, 1, tokens, end), dtype=np.float16)]  # fmt: skip
+    return ct.convert(
+        program, inputs=inputs, outputs=[ct.TensorType("logits", dtype=np.float16)], package_dir=str(path),
+        minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
+    )  # fmt: skip
+
+
+def _manifest(path: Path) -> str:
+    """Manifest.json with identifiers that follow from the files' content."""
+    model = {"author": FOLDER, "description": "CoreML Model Specification", "name": SPECIFICATION,
+             "path": f"{FOLDER}/{SPECIFICATION}"}  # fmt: skip
+    weights = {"author": FOLDER, "description": "CoreML Model Weights", "name": "weights", "path": f"{FOLDER}/weights"}
+    root = _identifier(path / ROOT / SPECIFICATION)
+    entries = {root: model, _identifier(path / ROOT / WEIGHTS): weights}
+    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": root}
+    return json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+
+
+def _identifier(path: Path) -> str:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, digest)).upper()
