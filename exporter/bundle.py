@@ -100,6 +100,8 @@ def make(out: Path, dest: Path) -> Manifest:
         for target, folder in folders.items():
             _copy(out / target, fresh, folder)
         manifest = _describe(fresh, made, folders)
+        for target, part in manifest.targets.items():  # what was copied is still what was verified
+            _require_agreement(fresh, target, part, manifest)
         (fresh / NAME).write_text(artifacts.to_json(manifest), encoding="utf-8")
     return manifest
 
@@ -148,6 +150,8 @@ def _require_one_model(made: Mapping[str, Artifact]) -> None:
 
 
 def _verify_artifact(folder: Path, target: str, artifact: Artifact) -> None:
+    if target == f"{artifact.target}.failed":  # as an export names it
+        raise ArtifactError(f"{folder} failed its check; export it again, or delete it to bundle the others")
     if artifact.target != target or not re.match(TARGET_NAME, target):
         raise ArtifactError(f"{folder} is an artifact for {artifact.target!r}; its folder must have the target's name")
     try:
