@@ -75,7 +75,7 @@ def describe(model: Model, target: Target, plan: Plan, requires: Mapping[str, st
         target=target.name,
         model=_summary(model, plan.context),
         recipe=[dict(step) for step in model.provenance.steps],
-        decisions=list(plan.decisions),
+        decisions=sorted(plan.decisions, key=lambda decision: decision.site),
         notes=list(plan.notes),
         requires=dict(requires),
         budget=budget,

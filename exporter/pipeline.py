@@ -10,6 +10,7 @@ for outcome in pipeline.export(small, ["onnxruntime-mobile", "executorch-android
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -26,11 +27,12 @@ from exporter import compress as methods
 from exporter import recipe as recipes
 from exporter.artifact import Artifact
 from exporter.checking import Outcome
-from exporter.errors import CheckpointError, OutputError
+from exporter.errors import CheckpointError, OutputError, TargetError
 from exporter.model import Model
 from exporter.recipe import Recipe
 from exporter.stages import Workshop, abandoned_on_error, code_version, key_of
 from exporter.tokenizer import Tokenizer
+from exporter.torch_ops import fitting_threads
 
 BUILTIN = "builtin"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "model"
@@ -105,7 +107,7 @@ def compress(model: Model, recipe: Recipe, watch: Watch | None = None) -> Model:
     """Follow a recipe, in memory."""
     windows = calibration_windows(model, recipe)
     for step in recipe.steps:
-        with (watch or Unwatched()).stage(step_name(step)) as report:
+        with (watch or Unwatched()).stage(step_name(step)) as report, fitting_threads(model.parameters):
             model = methods.run(model, step, windows, report)
     return model
 
@@ -141,7 +143,7 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
     windows = calibration_windows(model, job.recipe)
     key = key_of(model.provenance.digest, code_version("exporter"), model.provenance.steps, _fingerprint(windows))
     for target in chosen:  # so is a target that cannot take the result
-        target.plan(predict(model, job.recipe), context_of(model, job.context))
+        refuse_wasted_bits(target, target.plan(predict(model, job.recipe), context_of(model, job.context)))
     job_key = {
         "model": key,
         "recipe": job.recipe.model_dump(mode="json"),
@@ -152,6 +154,17 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
     with abandoned_on_error(workshop):
         road = _compressed(workshop, _Road(model, key, watch), job.recipe, windows)
         return _finish(workshop, road, job.targets, job.context)
+
+
+def refuse_wasted_bits(target: plugins.Target, plan: plugins.Plan) -> None:
+    """Refuse a plan that would store a plain low-bit matrix as floats: nobody asks for 4 bits to get 32.
+
+    Raises:
+        TargetError: names the site and the widths or groups that the target takes.
+    """
+    for decision in plan.decisions:
+        if re.fullmatch(r"\d-bit group \d+", decision.tree) and decision.stored.startswith("float"):
+            raise TargetError(f"{decision.site}: {target.name} cannot store {decision.tree}: {decision.reason}")
 
 
 def context_of(model: Model, context: int | None) -> int:
@@ -222,7 +235,7 @@ def _compressed(workshop: Workshop, road: _Road, recipe: Recipe, windows: Tensor
 
 
 def _make_step(road: _Road, step: Any, windows: Tensor | None, folder: Path) -> None:
-    with road.watch.stage(step_name(step)) as report:
+    with road.watch.stage(step_name(step)) as report, fitting_threads(road.model.parameters):
         store.save(methods.run(road.model, step, windows, report), folder)
 
 

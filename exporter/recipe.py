@@ -86,7 +86,8 @@ def schema() -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    unknown = [problem for problem in error.errors() if problem["type"] == "extra_forbidden"]
+    first = (unknown or error.errors())[0]  # a misspelt key tells more than the one that it leaves missing
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-import click
+import typer
 
 from exporter.cli.app import app
 from exporter.cli.screen import print_error
@@ -22,13 +22,13 @@ def main() -> None:
     except PocketError as error:
         print_error(str(error), error.exit_code, wants_json)
         code = error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())  # noqa: T201 (help was asked for)
-        code = 0
-    except click.ClickException as error:
-        print_error(error.format_message(), 2, wants_json)
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted; the same command goes on from the last finished stage", 130, wants_json)
         code = 130
+    except Exception as error:
+        explain = getattr(error, "format_message", None)  # typer's usage errors have no public class
+        if explain is None:
+            raise
+        print_error(f"{explain()} See `pocket --help`.", 2, wants_json)
+        code = 2
     sys.exit(code)

@@ -10,7 +10,6 @@ import typer
 app = typer.Typer(
     name="pocket",
     help="Compress a transformer once, lower it to every phone runtime, prove and measure each artifact.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -10,6 +10,7 @@ from exporter import recipe as recipes
 from exporter.checking import Outcome
 from exporter.cli.screen import print_json, print_line, print_table, watch
 from exporter.errors import CheckFailedError
+from exporter.evaluate import Divergence
 from exporter.model import Model
 from exporter.pipeline import Job
 from exporter.recipe import Recipe
@@ -75,6 +76,15 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
             print_line(f"{outcome.target}: folded: {reason}")
         for note in outcome.notes:
             print_line(f"{outcome.target}: {note}")
+        if outcome.comparison is not None and outcome.comparison.divergence is not None:
+            print_line(f"{outcome.target}: {_parting(outcome.comparison.divergence)}")
+
+
+def _parting(found: Divergence) -> str:
+    """Where greedy texts part, and whether the budget explains it."""
+    kind = "a tie within" if found.is_tie else "NOT a tie within"
+    gap = f"the model's logits of the two tokens are {found.reference_gap:.2g} apart"
+    return f"greedy text parts at token {found.position}: {kind} the budget ({gap}, allowed {found.allowed_gap:.2g})"
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
@@ -99,6 +109,8 @@ def _print_plan(job: Job, as_json: bool) -> None:
     pipeline.calibration_windows(source, job.recipe)  # so that a text that is too short is told now
     model = pipeline.predict(source, job.recipe)
     plans = {name: plugins.target(name).plan(model, pipeline.context_of(source, job.context)) for name in job.targets}
+    for name, plan in plans.items():
+        pipeline.refuse_wasted_bits(plugins.target(name), plan)
     steps = [pipeline.step_name(step) for step in job.recipe.steps]
     if as_json:
         print_json({"steps": steps, "parameters": model.parameters, "source_parameters": source.parameters,

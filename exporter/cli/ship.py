@@ -18,7 +18,6 @@ def probe(
 ) -> None:  # fmt: skip
     """Measure an artifact on a phone, after its outputs proved right there."""
     made = artifacts.load(folder)
-    artifacts.verify_files(folder, made)
     prompt = probing.prompt(made, prompt_tokens)
     job = Job(prompt, new_tokens, warmups, repeats, threads)
     with watch([f"probe on {phone}"]) as shown, shown.stage(f"probe on {phone}"):
