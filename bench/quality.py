@@ -2,7 +2,7 @@
 
     python bench/quality.py [--model ../shared/models/stories260K] [--text ../shared/data/tinystories-sample.txt]
 
-Calibrated on the first half of the text, measured on the second, which nothing else looks at.
+Calibrated on the first half of the text, measured on the second.
 """
 
 from __future__ import annotations

@@ -368,26 +368,36 @@ def print_data(split: Split, stream: torch.Tensor) -> None:
     print(f"train tokens: {len(stream)}", flush=True)
 
 
-def main() -> None:
-    """Train, save, reload and measure."""
-    options = parse_arguments()
+def prepare(out: Path) -> tuple[Split, Tokenizer]:
+    """Split the text and write the tokenizer and the calibration text."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     split = load_split()
     tokenizer = train_tokenizer(split.train)
-    save_tokenizer(tokenizer, options.out)
-    save_calibration(split.train, options.out.parent / "calibration.txt")
-    stream = to_stream(tokenizer, split.train)
-    print_data(split, stream)
-    plan = make_plan(options, build_config(tokenizer))
+    save_tokenizer(tokenizer, out)
+    save_calibration(split.train, out.parent / "calibration.txt")
+    return split, tokenizer
+
+
+def train(tokenizer: Tokenizer, stream: torch.Tensor, plan: Plan) -> None:
+    """Train a fresh model from the seed and save it."""
     torch.manual_seed(plan.seed)
     model = LlamaForCausalLM(build_config(tokenizer))
     print(f"parameters: {model.num_parameters()}", flush=True)
     starts = endless_starts(line_starts(tokenizer, stream), len(stream), plan.seed)
     fit(model, stream, starts, plan)
     save_model(model, plan.out)
-    perplexity = measure(plan.out, split.held_out)
+
+
+def main() -> None:
+    """Train, save, reload and measure."""
+    options = parse_arguments()
+    split, tokenizer = prepare(options.out)
+    stream = to_stream(tokenizer, split.train)
+    print_data(split, stream)
+    train(tokenizer, stream, make_plan(options, build_config(tokenizer)))
+    perplexity = measure(options.out, split.held_out)
     print(f"held-out perplexity {perplexity:.3f}, {VOCAB / perplexity:.1f} times under uniform")
 
 
