@@ -54,7 +54,7 @@ def random_model(low_bit: bool) -> Model:
     def weight(out: int, columns: int) -> Weight:
         if not low_bit:
             return Dense(torch.randn(out, columns, generator=generator) * columns**-0.5)
-        codes = torch.randint(0, 2**BITS, (out, columns), generator=generator, dtype=torch.uint8)
+        codes = torch.randint(1, 2**BITS, (out, columns), generator=generator, dtype=torch.uint8)  # mean: the middle
         scales = torch.full((out, columns // BLOCK), columns**-0.5 / (2**BITS / 12**0.5))
         return LowBit(codes, scales, torch.tensor([[2.0 ** (BITS - 1)]]), BITS, BLOCK)
 

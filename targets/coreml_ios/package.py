@@ -30,13 +30,7 @@ def write(model: Model, plan: Plan, path: Path) -> None:
         OutputError: the disk is full: constants pass through the temporary folder (TMPDIR) first.
     """
     program = _program(model.with_weights(plan.weights), plan.context)
-    try:
-        with quiet():
-            converted = _convert(program, plan.context, path)
-    except RuntimeError as error:  # how coremltools' C++ writer says that a file could not be written
-        if not any(words in str(error) for words in ("filesystem error", "MIL FileWriter")):
-            raise
-        raise OutputError(f"{path} or {tempfile.gettempdir()}: {error}; is the disk full?") from None
+    converted = _converted(program, plan.context, path)
     specification = converted.get_spec()
     specification.description.metadata.Clear()  # the date of the conversion is in there
     (path / ROOT / SPECIFICATION).write_bytes(specification.SerializeToString(deterministic=True))
@@ -57,6 +51,18 @@ def _program(model: Model, context: int) -> Any:
         return mb.identity(x=adapters.logits(adapters.find(model.architecture.family), ops, inputIds), name="logits")
 
     return program
+
+
+def _converted(program: Any, context: int, path: Path) -> Any:
+    trouble = ""
+    with quiet():
+        try:
+            return _convert(program, context, path)
+        except RuntimeError as error:  # how coremltools' C++ writer says that a file could not be written
+            if not any(words in str(error) for words in ("filesystem error", "MIL FileWriter")):
+                raise
+            trouble = str(error)  # the error itself would keep a temporary folder alive, and that would warn
+    raise OutputError(f"{path} or {tempfile.gettempdir()}: {trouble}; is the disk full?")
 
 
 def _convert(program: Any, context: int, path: Path) -> Any:
