@@ -198,23 +198,6 @@ def golden(session: Session, prompt: Sequence[int], new_tokens: int, budget: Bud
     )
 
 
-def check_golden(session: Session, golden: Golden) -> list[str]:
-    """What is wrong with an artifact's answers, a line for each step with a wrong one; empty where all are right.
-
-    The golden text is forced upon the session: its prompt in one step, then one token a step.
-
-    Raises:
-        PocketError: the golden text does not fit the context.
-    """
-    text = [*golden.prompt, *golden.tokens][: len(golden.prompt) + len(golden.top) - 1]
-    _require_room(session, len(text))
-    rows = _prefill_and_decode(session, text, len(golden.prompt))[len(golden.prompt) - 1 :]
-    if max(map(max, golden.top)) >= rows.shape[1]:
-        return [f"the golden answers have token {max(map(max, golden.top))}; there are {rows.shape[1]} logits"]
-    steps = enumerate(zip(golden.top, golden.logits, rows))
-    return [wrong for step, answer in steps for wrong in _wrong_logit(step, *answer, golden.tolerance)]
-
-
 @dataclass(frozen=True)
 class _Distance:
     """Of two runs; `position` is where relative_l2 is largest."""
@@ -284,16 +267,6 @@ def _unexplained(divergence: Divergence | None) -> Iterator[str]:
         tokens = f"token {divergence.candidate_token} instead of {divergence.reference_token}"
         gap = f"the model has them {divergence.reference_gap:.3g} apart, a tie is at most {divergence.allowed_gap:.3g}"
         yield f"greedy text: {tokens} at {divergence.position}; {gap}"
-
-
-def _wrong_logit(step: int, ids: list[int], expected: list[float], row: Tensor, tolerance: float) -> Iterator[str]:
-    """The logit of a step that is furthest off, where it is off by more than the tolerance or is no number."""
-    got = row[ids].tolist()
-    errors = [abs(value - right) for value, right in zip(got, expected)]
-    worst = max(range(len(ids)), key=lambda i: math.inf if math.isnan(errors[i]) else errors[i])
-    if not errors[worst] <= tolerance:
-        numbers = f"{got[worst]:.6g}, golden {expected[worst]:.6g}, tolerance {tolerance:.3g}"
-        yield f"step {step}: logit of token {ids[worst]} is {numbers}"
 
 
 def _run(session: Session, tokens: Sequence[int]) -> Tensor:

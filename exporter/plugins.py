@@ -94,7 +94,7 @@ class Target(Protocol):
         """How far the logits may lie from the model's, derived from the leaves."""
 
     def inspect(self, folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
-        """Read the written files back: parts bit for bit, inputs and outputs as stated. Runs nothing."""
+        """Read the written files back: parts bit for bit, interface as stated; run them exactly where that can be."""
 
     def session(self, folder: Path, threads: int = 1) -> Session:
         """Run a folder in the target's own runtime; raises TargetError where `runs_here` is False."""

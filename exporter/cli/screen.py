@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +106,8 @@ class BarWatch:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress: Progress = Progress(*columns, console=Console(stderr=True))
+        own = open(os.dup(sys.stderr.fileno()), "w")  # noqa: SIM115, PTH123 (a target may mute fd 2 while bars go on)
+        self._progress: Progress = Progress(*columns, console=Console(file=own))
         self._whole: TaskID = self._progress.add_task("all stages", total=len(stages))
 
     def __enter__(self) -> Self:

@@ -41,7 +41,9 @@ class ExecutorchAndroid:
         return list(_load("reading").findings(folder, model, plan))
 
     def session(self, folder: Path, threads: int = 1) -> Session:
-        session: Session = _load("runner").ExecutorchSession(folder, threads)
+        runner = _load("runner")
+        with noise.muted():
+            session: Session = runner.ExecutorchSession(folder, threads)
         return session
 
 
@@ -52,7 +54,7 @@ def _load(name: str) -> ModuleType:
         BackendMissingError: ExecuTorch is not installed.
     """
     try:
-        with noise.silenced():
+        with noise.silenced(), noise.muted():
             return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
         hint = f"pip install 'pocket-exporter[{ExecutorchAndroid.extra}]'"

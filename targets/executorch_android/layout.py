@@ -13,8 +13,6 @@ Everything else is float32.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -217,18 +215,3 @@ def lookup_scales(weight: LowBit) -> tuple[Tensor, Tensor | None]:
     if weight.is_symmetric:
         return scales, None
     return scales, (weight.zeros.float() - 2 ** (weight.bits - 1)).expand_as(scales).contiguous()
-
-
-def without_scale_loss(weight: Weight) -> Weight:
-    """The tree as the file holds it: block scales rounded to bfloat16."""
-    match weight:
-        case LowBit() if price_product(weight) and not isinstance(price_product(weight), str):
-            return weight if is_row_wise(weight) else replace(weight, scales=stored_scales(weight))
-        case Sum():
-            return Sum(tuple(without_scale_loss(term) for term in weight.terms))
-        case Product():
-            return Product(without_scale_loss(weight.left), without_scale_loss(weight.right))
-        case Shared():
-            return Shared(without_scale_loss(weight.rows), weight.labels)
-        case _:
-            return weight

@@ -1,10 +1,12 @@
-"""Warnings that ExecuTorch 1.4.1 raises about its own code, and that say nothing of a model."""
+"""What ExecuTorch 1.4.1 says about its own code and this machine's processor, and that says nothing of a model."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 MESSAGES: tuple[tuple[type[Warning], str], ...] = (
     (DeprecationWarning, "(read|open)_(text|binary) is deprecated"),  # reads its schemas the old way
@@ -22,3 +24,25 @@ def silenced() -> Iterator[None]:
         for category, message in MESSAGES:
             warnings.filterwarnings("ignore", message, category)
         yield
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Keep what is written to stderr, by C++ too, from people, unless an error follows that it may explain.
+
+    Imports and starting the runtime write a dozen lines: libraries for other hardware that cannot be loaded, files
+    of phones that a computer does not have.
+    """
+    with tempfile.TemporaryFile() as said:
+        visible = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            with suppress(OSError):  # the error itself is what matters
+                os.write(visible, said.read())
+            raise
+        finally:
+            os.dup2(visible, 2)
+            os.close(visible)

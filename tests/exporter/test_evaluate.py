@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter import checkpoint
-from exporter.artifact import Budget, Golden, to_json
+from exporter.artifact import Budget, to_json
 from exporter.compress import run
 from exporter.compress.quantize import QuantizeConfig
 from exporter.errors import CheckFailedError, PocketError
-from exporter.evaluate import Comparison, agreement, check_golden, compare, golden, perplexity
+from exporter.evaluate import Comparison, agreement, compare, golden, perplexity
 from exporter.model import Layer, Model
 from exporter.session import TorchSession, greedy
 from exporter.tokenizer import Tokenizer
@@ -258,40 +258,6 @@ def test_the_tolerance_follows_the_budget() -> None:
     assert loose == pytest.approx(tight * 1000)
     rows = TorchSession(MODEL).step([1])
     assert loose == pytest.approx(6 * 0.01 * float(rows.square().mean().sqrt()), rel=0.5)
-
-
-def test_right_answers_leave_no_problem() -> None:
-    answers = Golden.model_validate_json(golden(TorchSession(MODEL), [1, 5], 8, TIGHT).model_dump_json())
-    assert check_golden(TorchSession(MODEL), answers) == []
-
-
-def test_wrong_answers_are_told_by_step() -> None:
-    answers = golden(TorchSession(MODEL), [1, 5], 8, LOOSE)
-    assert check_golden(TorchSession(rounded(8)), answers) == []
-    problems = check_golden(BrokenDecode(MODEL), answers)
-    assert [problem.split(":")[0] for problem in problems] == [f"step {step}" for step in range(1, 8)]
-    assert "tolerance" in problems[0]
-
-
-def test_answers_that_are_no_numbers_are_wrong() -> None:
-    rows = chain(3.0, 3.0, 3.0)
-    answers = golden(Table(rows), [0], 3, LOOSE)
-    broken = rows.clone()
-    broken[1] = float("nan")
-    problems = check_golden(Table(broken), answers)
-    assert len(problems) == 1
-    assert problems[0].startswith("step 1: logit of token 2 is nan")
-
-
-def test_a_token_beyond_the_logits_is_a_problem() -> None:
-    answers = Golden(prompt=[0], tokens=[1], top=[[12]], logits=[[1.0]], tolerance=0.1)
-    assert check_golden(Table(chain(3.0)), answers) == ["the golden answers have token 12; there are 12 logits"]
-
-
-def test_golden_text_beyond_the_context_is_refused() -> None:
-    answers = Golden(prompt=[0] * 65, tokens=[1], top=[[1]], logits=[[1.0]], tolerance=0.1)
-    with pytest.raises(PocketError, match="65 tokens do not fit the context of 64"):
-        check_golden(TorchSession(MODEL), answers)
 
 
 def test_a_model_that_overflows_gives_no_golden_answers() -> None:

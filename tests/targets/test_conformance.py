@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter import plugins
+from exporter import compress, evaluate, plugins
+from exporter.compress.quantize import QuantizeConfig
 from exporter.errors import BackendMissingError
 from exporter.model import Layer, Model, Rope
 from exporter.plugins import Plan, Target
 from exporter.session import TorchSession
 from exporter.weights import Dense, Weight, to_meta
+from tests import fakes
 from tests.models import LLAMA, OPT, low_bit, random_model, trees
 
 CONTEXT = 24
@@ -73,8 +75,10 @@ def table_cases() -> dict[str, Model]:
 CASES = {**dense_cases(), **tree_cases(), **table_cases()}
 
 
-@pytest.fixture(scope="module", params=plugins.target_names())
+@pytest.fixture(scope="module", params=[*plugins.target_names(), fakes.TARGET.name])
 def target(request: pytest.FixtureRequest) -> Target:
+    if request.param == fakes.TARGET.name:
+        return fakes.TARGET  # the one fake passes the suite of the real ones
     try:
         return plugins.target(request.param)
     except BackendMissingError as error:
@@ -128,6 +132,24 @@ def test_a_plan_of_shapes_alone_predicts_the_same_bytes(name: str, target: Targe
     predicted, known = target.plan(meta, CONTEXT), target.plan(model, CONTEXT)
 
     assert predicted.bytes == pytest.approx(known.bytes, rel=0.15)  # zero points are not seen without values
+
+
+def test_four_bits_in_unequal_widths_say_the_models_text(target: Target, tmp_path: Path) -> None:
+    """64 greedy tokens, or a first divergence that the budget explains; prefill and decode agree."""
+    if not target.runs_here:
+        pytest.skip(f"{target.name} has no runtime on this machine")
+    model = random_model(
+        replace(LLAMA, positions=96, layers=(NARROW, Layer(4, 4, 16, 16, 64), Layer(2, 1, 16, 12, 20)))
+    )
+    step = QuantizeConfig(algorithm="rtn", bits=4, group=32)
+    model = compress.run(model, step, None, lambda fraction: None)
+    plan = target.plan(model, 80)
+    target.lower(model, plan, tmp_path)
+
+    found = evaluate.compare(TorchSession(model), target.session(tmp_path), [1], 64, target.budget(model, plan))
+
+    assert found.ok, found.reasons
+    assert found.greedy_agreement == 64 or (found.divergence is not None and found.divergence.is_tie)
 
 
 def test_lowering_twice_gives_the_same_bytes(target: Target, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def said_by_runner(folder: Path, tokenizer: str, new_tokens: int) -> str:
     command = [sys.executable, "-c", RUNNER, str(folder), tokenizer, "<s>", str(new_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     line = next(line for line in done.stderr.splitlines() if line.startswith("TEXT:"))
-    return str(eval(line.removeprefix("TEXT:"), {}))
+    return str(ast.literal_eval(line.removeprefix("TEXT:")))
 
 
 def test_the_published_text_comes_token_for_token(tales: Export) -> None:
