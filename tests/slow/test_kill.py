@@ -52,7 +52,7 @@ def timed_stages(words: list[str]) -> dict[str, float]:
 
 
 def moment(stages: dict[str, float], at_s: float) -> tuple[str, float]:
-    """The stage that is under way at a time, and the seconds into it, a little early: machines differ from run to run."""
+    """The stage under way at a time, and the seconds into it, a little early: runs differ."""
     for name, seconds in stages.items():
         if at_s <= seconds:
             return name, at_s * 0.7
