@@ -47,7 +47,7 @@ def compress(
 def export_(
     model: ModelArgument,
     output: OutOption,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="A target; may be repeated.")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="A target; may be repeated; all without it.")] = None,
     recipe: RecipeOption = None,
     calibration: TextOption = None,
     context: Annotated[int | None, typer.Option(help="Longest context in tokens.")] = None,

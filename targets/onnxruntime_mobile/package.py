@@ -1,4 +1,4 @@
-"""The files of an exported folder: model.onnx, model.onnx.data, genai_config.json; and model.ort on request."""
+"""The files of an exported folder: model.onnx, model.onnx.data, genai_config.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime
 
 from exporter import adapters
 from exporter.model import Architecture, Model
@@ -16,7 +15,7 @@ from exporter.weights import LowBit, nodes
 from targets.onnxruntime_mobile.constants import DATA, MODEL
 from targets.onnxruntime_mobile.ops import IR_VERSION, OPSET, GraphOps, cache_width
 
-GENAI, ORT = "genai_config.json", "model.ort"
+GENAI = "genai_config.json"
 LEAST = {4: "1.22.0", 8: "1.24.3", 2: "1.29.0"}  # bits: first release with right and fast kernels on x86 and ARM
 LEAST_DENSE = "1.22.0"  # the oldest release that any graph of ours was run in
 LEAST_TABLE = "1.23.2"  # GatherBlockQuantized takes uint8 codes; 1.22.0 refuses them
@@ -99,18 +98,3 @@ def genai_config(architecture: Architecture, context: int) -> str:
     search = {"max_length": context, "min_length": 0, "do_sample": False, "num_beams": 1,
               "past_present_share_buffer": True}  # fmt: skip
     return json.dumps({"model": model, "search": search}, indent=1, sort_keys=True) + "\n"
-
-
-def to_ort(folder: Path) -> Path:
-    """Write model.ort beside an exported model.onnx: one file in ONNX Runtime's own format, for reduced builds.
-
-    It holds the weights again, so it replaces model.onnx and its data rather than joining them; a tied low-bit
-    embedding, one place in model.onnx.data, is stored twice in it. Only optimizations that hold on every processor
-    are made.
-    """
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.add_session_config_entry("session.save_model_format", "ORT")
-    options.optimized_model_filepath = str(folder / ORT)
-    onnxruntime.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
-    return folder / ORT
