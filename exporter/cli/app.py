@@ -25,6 +25,7 @@ TextOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="Output folder; new or empty.")]
+TargetsOption = Annotated[list[str] | None, typer.Option("--target", "-t", help="May be repeated; without it, all.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan with predicted bytes; write nothing.")]
 
 
@@ -47,7 +48,7 @@ def compress(
 def export_(
     model: ModelArgument,
     output: OutOption,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="A target; may be repeated; all without it.")] = None,
+    target: TargetsOption = None,
     recipe: RecipeOption = None,
     calibration: TextOption = None,
     context: Annotated[int | None, typer.Option(help="Longest context in tokens.")] = None,

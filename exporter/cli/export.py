@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from exporter import compress as methods
 from exporter import pipeline, plugins, store
 from exporter import recipe as recipes
 from exporter.checking import Outcome
-from exporter.cli.screen import print_json, print_line, print_table, watch
+from exporter.cli.screen import print_json, print_line, print_note, print_table, watch
 from exporter.errors import CheckFailedError
 from exporter.evaluate import Divergence
 from exporter.model import Model
@@ -19,6 +20,7 @@ from exporter.recipe import Recipe
 def compress(model: str, recipe: Path, output: Path, calibration: Path | None, dry_run: bool, as_json: bool) -> None:
     """Compress a model and save it, or say what would be done."""
     job = Job(model, (), output, _recipe(recipe, calibration))
+    _note_text(job)
     if dry_run:
         _print_plan(job, as_json)
         return
@@ -44,6 +46,7 @@ def export(
     """
     names = tuple(dict.fromkeys(targets)) or tuple(plugins.target_names())
     job = Job(model, names, output, _recipe(recipe, calibration), context)
+    _note_text(job)
     if dry_run:
         _print_plan(job, as_json)
         return
@@ -101,6 +104,15 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
 def _recipe(path: Path | None, calibration: Path | None) -> Recipe:
     recipe = Recipe() if path is None else recipes.load(path)
     return recipe if calibration is None else recipes.with_text(recipe, calibration)
+
+
+def _note_text(job: Job) -> None:
+    """Say so where a model is calibrated on text that is hardly its own kind."""
+    wants_text = any(methods.needs_calibration(step) for step in job.recipe.steps)
+    if wants_text and job.recipe.calibration.text is None and job.model != pipeline.BUILTIN:
+        print_note(
+            "calibrating on the sample that ships, Python code; give the model's kind of text by --calibration"
+        )
 
 
 def _print_plan(job: Job, as_json: bool) -> None:

@@ -27,6 +27,11 @@ def print_error(message: str, code: int, as_json: bool) -> None:
         print(f"error: {line}", file=sys.stderr)  # noqa: T201 (this is where the program prints)
 
 
+def print_note(text: str) -> None:
+    """A line for people that is no result: on stderr."""
+    print(f"note: {text}", file=sys.stderr)  # noqa: T201
+
+
 def print_json(value: Any) -> None:
     """A value as JSON on stdout."""
     print(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))  # noqa: T201

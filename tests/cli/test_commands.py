@@ -108,6 +108,14 @@ def test_compress_saves_a_model_that_export_takes(pocket: Pocket, tmp_path: Path
     assert pocket("export", tmp_path / "small" / "model", "-t", ONNX, "-o", tmp_path / "out").code == 0
 
 
+def test_a_model_calibrated_on_the_sample_that_ships_is_told_of(pocket: Pocket, out: Path, tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "fasp-int4.yaml"
+    words = ("--recipe", recipe, "-t", ONNX, "-o", tmp_path / "out", "--dry-run")
+
+    assert "note: calibrating on the sample that ships" in pocket("export", pipeline.BUILTIN_FOLDER, *words).err
+    assert "note:" not in pocket("export", "builtin", *words).err
+
+
 def test_dry_run_prints_a_plan_and_writes_nothing(pocket: Pocket, tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "fasp-int4.yaml"
     ran = pocket("export", "builtin", "--recipe", recipe, "-o", tmp_path / "out", "--dry-run", "--json")
