@@ -110,9 +110,7 @@ def _note_text(job: Job) -> None:
     """Say so where a model is calibrated on text that is hardly its own kind."""
     wants_text = any(methods.needs_calibration(step) for step in job.recipe.steps)
     if wants_text and job.recipe.calibration.text is None and job.model != pipeline.BUILTIN:
-        print_note(
-            "calibrating on the sample that ships, Python code; give the model's kind of text by --calibration"
-        )
+        print_note("calibrating on the sample that ships, Python code; give the model's kind of text by --calibration")
 
 
 def _print_plan(job: Job, as_json: bool) -> None:
