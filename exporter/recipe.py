@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,23 @@ from exporter.errors import RecipeError
 
 Step = Annotated[FaspConfig | QuantizeConfig, Field(discriminator="kind")]
 
-LARGEST_RECIPE = 2**20  # bytes
+LARGEST_RECIPE = 2**18  # bytes
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, which unfold to any size, and no key twice, of which one would be ignored."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem="a recipe has no aliases", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for index, key in enumerate(keys) if key in keys[:index]), None):
+            raise yaml.MarkedYAMLError(problem=f"key {twice!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class CalibrationText(Record):
@@ -30,7 +46,7 @@ class CalibrationText(Record):
     text: str | None = None
     windows: Annotated[int, Field(ge=1, le=100_000)] = 64
     length: Annotated[int, Field(ge=2, le=131_072)] = 256
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class Recipe(Record):
@@ -52,8 +68,8 @@ def load(path: Path) -> Recipe:
     if path.stat().st_size > LARGEST_RECIPE:
         raise RecipeError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {LARGEST_RECIPE}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no date, too long a number
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     recipe = parse(content if content is not None else {}, str(path))
     text = recipe.calibration.text

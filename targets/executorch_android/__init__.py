@@ -38,7 +38,12 @@ class ExecutorchAndroid:
         return planning.budget(model, plan)
 
     def inspect(self, folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
-        return list(_load("reading").findings(folder, model, plan))
+        findings: list[Finding] = list(_load("reading").findings(folder, model, plan))
+        if all(finding.ok for finding in findings):  # a file that is not as written need not run
+            proof = _load("proof")
+            with noise.muted():
+                findings += proof.exactness(folder, model, plan)
+        return findings
 
     def session(self, folder: Path, threads: int = 1) -> Session:
         runner = _load("runner")

@@ -147,7 +147,7 @@ class ExportOps(TorchOps):
         """Rows in int8, zeros after them; a value is rounded once for all its linears (q, k and v; gate and up)."""
         key = id(x), missing
         if key not in self._rows:
-            self._rows[key] = x, _quantized_rows(F.pad(x, (0, missing)) if missing else x)
+            self._rows[key] = x, quantized_rows(F.pad(x, (0, missing)) if missing else x)
         return self._rows[key][1]
 
     # ---- vectors ----------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class ExportOps(TorchOps):
     def _mean(self, x: Tensor, plus: float = 0.0) -> Tensor:
         """The mean over the channels, kept as one channel, plus a constant: [..., n] to [..., 1]."""
         width = x.shape[-1]
-        row = self.constant(lambda: torch.full((1, width), 1.0 / width), "mean", width)
+        row = self.constant(lambda: mean_row(width), "mean", width)
         return F.linear(x, row, self.constant(lambda: torch.full((1,), plus), "plus", plus) if plus else None)
 
     def rms_norm(self, x: Tensor, site: str, heads: int = 1) -> Tensor:
@@ -210,7 +210,7 @@ class ExportOps(TorchOps):
         if spec.rope is None:
             return x
         cos, sin = self._turns(spec)
-        quarter = self.constant(lambda: _quarter_turn(spec.head_dim), "quarter turn", spec.head_dim)
+        quarter = self.constant(lambda: quarter_turn(spec.head_dim), "quarter turn", spec.head_dim)
         return x * cos + F.linear(x, quarter) * sin
 
     def _turns(self, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -239,14 +239,19 @@ def _widened(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
-def _quarter_turn(width: int) -> Tensor:
+def mean_row(width: int) -> Tensor:
+    """The matrix [1, width] that takes channels to their mean."""
+    return torch.full((1, width), 1.0 / width)
+
+
+def quarter_turn(width: int) -> Tensor:
     """The matrix [width, width] that takes (a, b) to (-b, a), by halves."""
     half = torch.eye(width // 2)
     zero = torch.zeros_like(half)
     return torch.cat((torch.cat((zero, -half), 1), torch.cat((half, zero), 1)), 0)
 
 
-def _quantized_rows(x: Tensor) -> Tensor:
+def quantized_rows(x: Tensor) -> Tensor:
     """Rows rounded to int8 around a zero point of their own, as XNNPACK does it at run time."""
     scales, zeros = Quantized.choose_qparams_per_token_asymmetric(x, torch.int8)
     codes = Quantized.quantize_per_token(x, scales, zeros, -128, 127, torch.int8)

@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from exporter.model import Model
 from exporter.plugins import Finding, Plan
 from exporter.weights import Dense, LowBit, Shared, Weight, nodes
 from targets.executorch_android import layout
+from targets.executorch_android.ops import mean_row, quarter_turn
 from targets.executorch_android.package import FILE, metadata
 from targets.executorch_android.uses import Uses
 
@@ -88,7 +89,8 @@ def findings(folder: Path, model: Model, plan: Plan) -> Iterator[Finding]:
     yield _delegated(contents, plan, uses)
     for site, weight in plan.weights.items():
         yield _weight(contents, site, weight, uses)
-    yield _vectors(contents, model)
+    yield _tensors(contents, "norms and biases", {name: tensor.float() for name, tensor in model.tensors.items()})
+    yield _tensors(contents, "means, epsilon, rotations", dict(_tables(model, plan.context)))
 
 
 def _interface(contents: Contents, model: Model, plan: Plan) -> Iterator[Finding]:
@@ -155,14 +157,25 @@ def _lookup_parts(weight: LowBit, is_tied: bool) -> Iterator[tuple[str, str, byt
         yield "zero points of the lookup", "constants", _bytes(zeros)
 
 
-def _vectors(contents: Contents, model: Model) -> Finding:
-    vectors = {name: _bytes(tensor.float()) for name, tensor in model.tensors.items()}
+def _tensors(contents: Contents, what: str, tensors: Mapping[str, Tensor]) -> Finding:
+    data = {name: _bytes(tensor) for name, tensor in tensors.items()}
     lacking = sorted(
-        name for name, v in vectors.items() if not (contents.holds("named", v) or contents.holds("constants", v))
+        name for name, v in data.items() if not (contents.holds("named", v) or contents.holds("constants", v))
     )
-    return Finding(
-        "norms and biases", not lacking, f"not in the file: {', '.join(lacking)}" if lacking else "bit for bit"
-    )
+    return Finding(what, not lacking, f"not in the file: {', '.join(lacking)}" if lacking else "bit for bit")
+
+
+def _tables(model: Model, context: int) -> Iterator[tuple[str, Tensor]]:
+    """Constants that no checkpoint holds: each norm's row of 1/n, their epsilon, rotations by position."""
+    architecture = model.architecture
+    yield "epsilon", torch.full((1,), architecture.norm_eps)
+    for width in {len(tensor) for name, tensor in model.tensors.items() if name.endswith(".weight")}:
+        yield f"mean of {width} channels", mean_row(width)
+    for width in {layer.head_dim for layer in architecture.layers} if architecture.rope else ():
+        assert architecture.rope is not None
+        cos, sin = architecture.rope.table(width, context)
+        yield from ((f"cosines of {width} channels", cos), (f"sines of {width} channels", sin))
+        yield f"quarter turn of {width} channels", quarter_turn(width)
 
 
 def _blobs(named: Any) -> Iterator[bytes]:
