@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from exporter.errors import ArtifactError
 
@@ -25,6 +26,17 @@ class Record(BaseModel):
 
 
 TokenId = Annotated[int, Field(ge=0)]
+
+
+def _from_json(value: Any) -> Any:
+    return math.inf if value is None else value
+
+
+Number = Annotated[  # a result that may be infinite, which JSON cannot say: there it is null
+    float,
+    BeforeValidator(_from_json),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+]
 
 
 class File(Record):
@@ -55,7 +67,9 @@ class Budget(Record):
     `relative_l2` bounds |a - r| / |r| over the logits of a position; `reason` is the derivation.
     """
 
-    relative_l2: float
+    model_config = ConfigDict(allow_inf_nan=False)  # an infinite budget would be a check that cannot fail
+
+    relative_l2: Annotated[float, Field(ge=0)]
     reason: str
 
 
@@ -90,13 +104,13 @@ class Summary(Record):
     digest: str
     licence: str | None
     family: str
-    parameters: int
-    source_parameters: int
-    vocab: int
-    context: int
-    layers: int
-    bos: int | None
-    eos: list[int]
+    parameters: Annotated[int, Field(ge=1)]
+    source_parameters: Annotated[int, Field(ge=1)]
+    vocab: Annotated[int, Field(ge=1)]
+    context: Annotated[int, Field(ge=2)]
+    layers: Annotated[int, Field(ge=1)]
+    bos: TokenId | None
+    eos: list[TokenId]
 
 
 class Artifact(Record):
@@ -118,6 +132,8 @@ class Artifact(Record):
         golden, fed = self.golden, len(self.golden.prompt) + len(self.golden.top) - 1
         if max(map(max, [golden.prompt, golden.tokens, *golden.top])) >= self.model.vocab:
             raise ValueError(f"the golden text has a token that a vocabulary of {self.model.vocab} does not")
+        if self.model.bos is not None and self.model.bos >= self.model.vocab:
+            raise ValueError(f"BOS token {self.model.bos} is none of a vocabulary of {self.model.vocab}")
         if fed > self.model.context:
             raise ValueError(f"the golden text feeds {fed} tokens; the context is {self.model.context}")
         return self
@@ -135,12 +151,13 @@ class Artifact(Record):
 
 def save(artifact: Artifact, folder: Path) -> None:
     """Write artifact.json: sorted keys, no dates, so equal artifacts are equal bytes."""
-    (folder / NAME).write_text(to_json(artifact))
+    (folder / NAME).write_text(to_json(artifact), encoding="utf-8")
 
 
 def to_json(record: Record) -> str:
     """A record as JSON with sorted keys."""
-    return json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    content = record.model_dump(mode="json")
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load(folder: Path) -> Artifact:

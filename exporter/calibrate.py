@@ -12,6 +12,8 @@ from exporter.errors import RecipeError
 from exporter.model import Model
 from exporter.torch_ops import TorchOps
 
+MOST_TOKENS = 2**26  # of all windows together: half a GiB of token ids
+
 
 def windows(tokens: Sequence[int], count: int, length: int, seed: int, bos: int | None) -> Tensor:
     """Windows of a text at random places, the same ones for the same seed.
@@ -27,10 +29,15 @@ def windows(tokens: Sequence[int], count: int, length: int, seed: int, bos: int 
         [count, length], int64.
 
     Raises:
-        RecipeError: count or length is too small, or the text is shorter than a window.
+        RecipeError: count or length is too small, both together are too large, the seed is out of range, or the text
+            is shorter than a window.
     """
     if count < 1 or length < 2:
         raise RecipeError(f"{count} windows of {length} tokens calibrate nothing; at least 1 window of 2 tokens")
+    if count * length > MOST_TOKENS:
+        raise RecipeError(f"{count} windows of {length} tokens are over {MOST_TOKENS:,} tokens; ask for fewer")
+    if not 0 <= seed < 2**63:
+        raise RecipeError(f"seed {seed} is not possible; give one from 0 to {2**63 - 1}")
     taken = length if bos is None else length - 1
     if len(tokens) < taken:
         raise RecipeError(

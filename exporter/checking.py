@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def check(folder: Path, made: Artifact, model: Model, target: Target) -> Outcome
     """
     plan = target.plan(model, made.model.context)
     findings = [Found(what=f.what, ok=f.ok, detail=f.detail) for f in target.inspect(folder, model, plan)]
+    findings.append(_manifest(made, model, target, plan))
     return Outcome(
         target=made.target,
         file_bytes=made.file_bytes,
@@ -112,6 +114,18 @@ def _compare(folder: Path, made: Artifact, model: Model, target: Target) -> Comp
     reference, candidate = TorchSession(model), target.session(folder)
     new_tokens = min(CHECKED_TOKENS, made.model.context - 1)
     return evaluate.compare(reference, candidate, prompt_of(model), new_tokens, made.budget)
+
+
+def _manifest(made: Artifact, model: Model, target: Target, plan: Plan) -> Found:
+    """Whether artifact.json says of its model, its budget and its decisions what this program would say."""
+    derived = {
+        "model": made.model == _summary(model, plan.context),
+        "budget": math.isclose(made.budget.relative_l2, target.budget(model, plan).relative_l2, rel_tol=1e-9),
+        "decisions": made.decisions == sorted(plan.decisions, key=lambda decision: decision.site),
+    }
+    wrong = [name for name, is_right in derived.items() if not is_right]
+    said = f"{', '.join(wrong)}: not what this model gives" if wrong else f"{', '.join(derived)} derived again"
+    return Found(what=artifacts.NAME, ok=not wrong, detail=said)
 
 
 def _summary(model: Model, context: int) -> Summary:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from exporter.model import Architecture, Model, Provenance
 from exporter.weights import Dense
 
 LARGEST_JSON = 64 * 2**20  # bytes
+READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "tokenizer.model", "generation_config.json")  # fmt: skip
 
@@ -37,11 +39,12 @@ def load(folder: Path) -> Model:
     config = read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
     architecture = adapters.find(str(config.get("model_type"))).read(config)
     paths = _weight_files(folder)
-    tensors = dict(_named(architecture, tensor) for path in paths for tensor in _tensors(path))
+    tensors = _once(_named(architecture, tensor) for path in paths for tensor in _tensors(path))
     weights, vectors = _sorted_out(architecture, tensors)
     parameters = sum(tensor.numel() for tensor in (*vectors.values(), *(weight.values for weight in weights.values())))
     digest = _digest([folder / "config.json", *paths])
-    provenance = Provenance(folder.resolve().name, digest, parameters, _licence(folder))
+    name = folder.resolve().name.encode(errors="replace").decode()  # a folder's name need not be text
+    provenance = Provenance(name, digest, parameters, _licence(folder))
     return Model(architecture, weights, vectors, provenance, _files(folder))
 
 
@@ -56,7 +59,7 @@ def read_json(path: Path, absent: str) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_JSON:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {LARGEST_JSON} are read")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -64,25 +67,62 @@ def read_json(path: Path, absent: str) -> dict[str, Any]:
     return value
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose every key stands there once: of two, one would be ignored."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
 def open_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and memory-mapped tensor of everything in a safetensors file.
 
     Raises:
-        CheckpointError: the file is truncated, or its header lies.
+        CheckpointError: the file is truncated, its header lies, or a tensor holds what is no finite float32.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:  # checks the header's length and offsets
+            _require_plain_header(path)
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                yield name, file.get_tensor(name)
+                tensor = file.get_tensor(name)
+                _require_finite(path, name, tensor)
+                yield name, tensor
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
+def _require_plain_header(path: Path) -> None:
+    """Refuse a name that stands in the header twice: the library would take one of the two."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
+
+
+def _require_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity before hours of work end in them; reads the tensor once and copies nothing."""
+    if tensor.dtype in READABLE and tensor.numel():
+        extremes = torch.stack(tensor.aminmax()).float()
+        if not bool(extremes.isfinite().all()):
+            raise CheckpointError(f"{path}: tensor {name} holds NaN, infinity or more than a float32 can say")
+
+
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in open_tensors(path):
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; only float checkpoints are read")
+        if tensor.dtype not in READABLE:
+            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in READABLE)
+            raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; only float checkpoints are read: {kinds}")
         yield name, tensor
+
+
+def _once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named:
+        if name in tensors:
+            raise CheckpointError(f"tensor {name} is there twice, in two shards or under two names")
+        tensors[name] = tensor
+    return tensors
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -120,11 +160,18 @@ def _sorted_out(architecture: Architecture, tensors: dict[str, Tensor]) -> tuple
     optional = {name: length for name, length in shapes.optional.items() if name in tensors}
     vectors |= {name: _take(tensors, name, (length,)) for name, length in optional.items()}
     if architecture.tied:
-        tensors.pop("lm_head.weight", None)  # the embedding again
+        _drop_tied_head(tensors, weights[adapters.find(architecture.family).EMBEDDING])
     left = sorted(name for name in tensors if not re.search(r"rotary_emb\.inv_freq$", name))
     if left:
         raise CheckpointError(f"tensors that a {architecture.family} model does not have: {', '.join(left[:5])}")
     return weights, vectors
+
+
+def _drop_tied_head(tensors: dict[str, Tensor], embedding: Dense) -> None:
+    """A tied head that is stored all the same is the embedding again; one that is not would be ignored."""
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, embedding.values):
+        raise CheckpointError("lm_head.weight is not the embedding, though config.json says tie_word_embeddings")
 
 
 def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

@@ -146,7 +146,7 @@ def _widened(weight: LowBit, bits: int) -> LowBit:
 def _regrouped(weight: LowBit, group: int) -> LowBit:
     """Shorter groups with the same scales: exact."""
     count = -(-weight.shape[1] // group)
-    repeats = -(-weight.group // group)
+    repeats = -(-min(weight.group, weight.shape[1]) // group)
 
     def spread(grid: torch.Tensor) -> torch.Tensor:
         return grid if grid.shape == (1, 1) and weight.groups > 1 else grid.repeat_interleave(repeats, dim=1)[:, :count]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exporter.artifact import Budget, Golden, Record
+from exporter.artifact import Budget, Golden, Number, Record
 from exporter.errors import CheckFailedError, PocketError
 from exporter.plugins import Session
 from exporter.session import greedy
@@ -26,7 +26,7 @@ class Perplexity(Record):
 
     tokens: int
     nll: float
-    perplexity: float
+    perplexity: Number
 
 
 class Agreement(Record):
@@ -58,16 +58,17 @@ class Comparison(Record):
     The candidate runs twice, in one prefill and as prefill of the prompt and one step per token; each number is that
     of the worse run. `max_abs` and `relative_l2` are of the worst position, `kl` (nats) is a mean over positions,
     `top1` a fraction of them. `prefill_decode_l2` is between the candidate's two runs. `greedy_agreement` counts the
-    tokens of the candidate's own greedy text before the first that differs. Infinite where logits are not finite.
+    tokens of the candidate's own greedy text before the first that differs. Infinite (null in JSON) where logits are
+    not finite.
     """
 
     positions: int
-    max_abs: float
-    relative_l2: float
+    max_abs: Number
+    relative_l2: Number
     budget_l2: float
-    kl: float
+    kl: Number
     top1: float
-    prefill_decode_l2: float
+    prefill_decode_l2: Number
     greedy_agreement: int
     new_tokens: int
     divergence: Divergence | None

@@ -10,7 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from exporter.errors import ArchitectureError
 from exporter.weights import Weight
+
+LARGEST = 2**24  # of any width, vocabulary or context: far over what any phone runs
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class Rope:
     low: float = 1.0
     high: float = 4.0
     original: int = 8192
+
+    def __post_init__(self) -> None:
+        numbers = (self.theta, self.factor, self.low, self.high, self.original)
+        _require(all(0 < number < math.inf for number in numbers), f"rotary settings {numbers} are not all over 0")
+        _require(self.factor >= 1, f"rotary factor {self.factor:g} is under 1")
+        needs_order = self.kind == "llama3"
+        _require(not needs_order or self.low < self.high, f"rotary: low {self.low:g} is not under high {self.high:g}")
 
     def frequencies(self, head_dim: int) -> Tensor:
         """Radians per position, [head_dim / 2], float32."""
@@ -69,6 +79,11 @@ class Layer:
     value_dim: int
     mlp: int
 
+    def __post_init__(self) -> None:
+        widths = (self.heads, self.kv_heads, self.head_dim, self.value_dim, self.mlp)
+        _require(all(1 <= width <= LARGEST for width in widths), f"layer widths {widths} are not from 1 to {LARGEST}")
+        _require(self.heads % self.kv_heads == 0, f"{self.heads} heads are no multiple of {self.kv_heads} of keys")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -99,6 +114,15 @@ class Architecture:
     tied: bool
     bos: int | None = None
     eos: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        widths = (self.vocab, self.hidden, self.positions)
+        named = f"vocabulary, hidden channels and positions {widths}"
+        _require(all(1 <= width <= LARGEST for width in widths), f"{named} are not from 1 to {LARGEST}")
+        _require(0 < self.norm_eps < math.inf, f"norm epsilon {self.norm_eps:g} is not a number over 0")
+        special = (*self.eos, *(() if self.bos is None else (self.bos,)))
+        wrong = [token for token in special if not 0 <= token < self.vocab]
+        _require(not wrong, f"BOS or EOS token {wrong[:1]} is none of a vocabulary of {self.vocab}")
 
 
 @dataclass(frozen=True)
@@ -161,3 +185,8 @@ class Model:
         """Numbers in all matrices (by their dense shape), norms and biases; a tied head counts once."""
         matrices = sum(out * width for out, width in (weight.shape for weight in self.weights.values()))
         return matrices + sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ArchitectureError(message)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from exporter import artifact as artifacts
-from exporter import calibrate, checking, checkpoint, plugins, store
+from exporter import calibrate, checking, checkpoint, plugins, store, tokenizer
 from exporter import compress as methods
 from exporter import recipe as recipes
 from exporter.artifact import Artifact
@@ -95,7 +95,19 @@ def load(name: str) -> Model:
         raise CheckpointError(f"no such path: {name}; give a checkpoint folder, a saved model or {BUILTIN!r}")
     if not folder.is_dir():
         raise CheckpointError(f"{name} is a file; give the folder that it lies in")
-    return store.load(folder) if store.is_stored(folder) else checkpoint.load(folder)
+    model = store.load(folder) if store.is_stored(folder) else checkpoint.load(folder)
+    if tokenizer.FILE in model.files:
+        tokenizer_of(model)  # a damaged one is told before the work
+    return model
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """A model's own tokenizer.
+
+    Raises:
+        CheckpointError: it has none, or it cannot be read.
+    """
+    return Tokenizer(model.files, model.architecture.bos, model.architecture.vocab)
 
 
 def recipe(path: str | Path) -> Recipe:
@@ -142,8 +154,9 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
     model = load(job.model)
     windows = calibration_windows(model, job.recipe)
     key = key_of(model.provenance.digest, code_version("exporter"), model.provenance.steps, _fingerprint(windows))
+    expected, context = predict(model, job.recipe), context_of(model, job.context)
     for target in chosen:  # so is a target that cannot take the result
-        refuse_wasted_bits(target, target.plan(predict(model, job.recipe), context_of(model, job.context)))
+        refuse_wasted_bits(target, target.plan(expected, context))
     job_key = {
         "model": key,
         "recipe": job.recipe.model_dump(mode="json"),
@@ -171,12 +184,15 @@ def context_of(model: Model, context: int | None) -> int:
     """Longest context of an artifact, in tokens.
 
     Raises:
-        OutputError: it is longer than the model's own.
+        OutputError: it is longer than the model's own, or under two tokens.
     """
     longest = model.architecture.positions
-    if context is not None and not 2 <= context <= longest:
-        raise OutputError(f"a context of {context} tokens is not possible; this model takes 2 to {longest}")
-    return min(longest, CONTEXT) if context is None else context
+    chosen = min(longest, CONTEXT) if context is None else context
+    if longest < 2:
+        raise OutputError(f"a model with a context of {longest} token continues no text; at least 2 are needed")
+    if not 2 <= chosen <= longest:
+        raise OutputError(f"a context of {chosen} tokens is not possible; this model takes 2 to {longest}")
+    return chosen
 
 
 def read_text(text: Path) -> str:
@@ -202,7 +218,7 @@ def calibration_windows(model: Model, recipe: Recipe) -> Tensor | None:
     asked = recipe.calibration
     length = min(asked.length, model.architecture.positions)
     text = read_text(SAMPLE if asked.text is None else Path(asked.text))
-    tokens = Tokenizer(model.files, model.architecture.bos).encode_plain(text)
+    tokens = tokenizer_of(model).encode_plain(text)
     return calibrate.windows(tokens, asked.windows, length, asked.seed, model.architecture.bos)
 
 
@@ -264,7 +280,7 @@ def _lowered(workshop: Workshop, road: _Road, name: str, context: int) -> tuple[
             made = lower(road.model, target, folder / name, context)
         with road.watch.stage(f"check {name}"):
             outcome = checking.check(folder / name, made, road.model, target)
-        (folder / "outcome.json").write_text(artifacts.to_json(outcome))
+        (folder / "outcome.json").write_text(artifacts.to_json(outcome), encoding="utf-8")
 
     folder, was_there = workshop.stage(name, key, make)
     if was_there:

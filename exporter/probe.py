@@ -67,7 +67,13 @@ def schema() -> dict[str, Any]:
 
 
 def prompt(artifact: Artifact, tokens: int) -> tuple[int, ...]:
-    """A prompt of that many tokens: the artifact's golden text, over and over."""
+    """A prompt of that many tokens: the artifact's golden text, over and over.
+
+    Raises:
+        PocketError: the artifact's context is shorter.
+    """
+    if tokens > artifact.model.context:
+        raise PocketError(f"{tokens} prompt tokens do not fit the artifact's context of {artifact.model.context}")
     return tuple(islice(cycle([*artifact.golden.prompt, *artifact.golden.tokens]), tokens))
 
 

@@ -25,8 +25,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(problem="a recipe has no aliases", problem_mark=event.start_mark)
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="a recipe has no aliases; write it out", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -68,7 +68,7 @@ def load(path: Path) -> Recipe:
     if path.stat().st_size > LARGEST_RECIPE:
         raise RecipeError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {LARGEST_RECIPE}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no date, too long a number
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     recipe = parse(content if content is not None else {}, str(path))

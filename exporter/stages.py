@@ -7,13 +7,15 @@ that it depends on, so that the same work is found again, and other work is not.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 from exporter.errors import OutputError, PocketError
 
 WORK = ".pocket"
-JOB = "job.json"
+JOB, LOCK = "job.json", "lock"
 
 
 def key_of(*parts: Any) -> str:
@@ -48,13 +50,14 @@ class Workshop:
         job: Everything that the job depends on.
 
     Raises:
-        OutputError: the folder holds something else.
+        OutputError: the folder holds something else, or another process works in it.
     """
 
     def __init__(self, out: Path, job: Mapping[str, Any]) -> None:
         self.out, self._work = out, out / WORK
-        self._is_new = not out.exists()
-        _claim(out, self._work, key_of(job))
+        self._new = [folder for folder in (out, *out.parents) if not folder.exists()]
+        lock = _claim(out, self._work, key_of(job), self._new)
+        self.release = weakref.finalize(self, os.close, lock)  # once: when asked, or when nobody holds this any more
 
     def stage(self, name: str, key: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
         """The folder of a finished stage, made now unless an earlier run finished it.
@@ -86,12 +89,8 @@ class Workshop:
     def write(self, name: str, content: str) -> None:
         """Write a file of the output folder, whole or not at all."""
         fresh = self._work / name
-        fresh.write_text(content)
+        fresh.write_text(content, encoding="utf-8")
         fresh.rename(self.out / name)
-
-    def published(self, name: str) -> Path | None:
-        """The folder of that final name, where a killed run of this job came that far."""
-        return self.out / name if (self.out / name).is_dir() else None
 
     def finish(self) -> None:
         """Remove the stages: the job is done."""
@@ -99,7 +98,7 @@ class Workshop:
 
     def abandon(self) -> None:
         """Remove what this job made: it failed in a way that running it again would not mend."""
-        shutil.rmtree(self.out if self._is_new else self._work, ignore_errors=True)
+        _remove(self.out if self._new else self._work, self._new[1:])
 
 
 @contextmanager
@@ -122,6 +121,8 @@ def abandoned_on_error(workshop: Workshop) -> Iterator[None]:
             raise
         workshop.abandon()
         raise OutputError(f"no space left on the disk of {workshop.out}; free some or choose another -o") from None
+    finally:
+        workshop.release()
 
 
 def _output_error(out: Path, error: OSError) -> OutputError:
@@ -130,29 +131,64 @@ def _output_error(out: Path, error: OSError) -> OutputError:
     return OutputError(f"{error.filename or out}: {error.strerror or error}")
 
 
-def _claim(out: Path, work: Path, job: str) -> None:
-    """Make the work folder, or take up the one that a killed run of the same job left."""
+def _remove(folder: Path, parents: Iterable[Path]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in parents:
+        with suppress(OSError):  # somebody else put something there
+            parent.rmdir()
+
+
+def _claim(out: Path, work: Path, job: str, new: Sequence[Path]) -> int:
+    """Make the work folder, or take up the one that a killed run of the same job left; returns the lock's descriptor.
+
+    The lock ends with the process, however that ends.
+    """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; give a folder that is empty or does not exist")
-    if work.is_dir() and (work / JOB).is_file():
-        _take_up(out, work, job)
-        return
+    if work.is_symlink():
+        raise OutputError(f"{work} is a link; delete it or choose another -o")
     others = [path.name for path in out.iterdir() if path != work] if out.is_dir() else []
-    if others:
+    if others and not (work / JOB).is_file():
         raise OutputError(f"{out} is not empty (it holds {sorted(others)[0]}); give an empty or new folder")
+    was_there = work.exists()
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        fresh = work / f"{JOB}.{os.getpid()}"
-        fresh.write_text(json.dumps({"job": job}))
-        fresh.rename(work / JOB)
+        work.mkdir(parents=True, exist_ok=True)
+        lock = _locked(out, work / LOCK)
+        try:
+            _take_up(out, work, job.encode())
+        except BaseException:
+            (work / LOCK).unlink(missing_ok=True)
+            os.close(lock)
+            if not was_there:
+                _remove(work, new)
+            raise
     except OSError as error:
         raise _output_error(out, error) from None
+    return lock
 
 
-def _take_up(out: Path, work: Path, job: str) -> None:
-    found = json.loads((work / JOB).read_text())
-    if found != {"job": job}:
-        raise OutputError(f"{out} holds an unfinished export of another job; delete {work} or choose another -o")
-    for left in work.glob("making-*"):
-        shutil.rmtree(left)
+def _locked(out: Path, path: Path) -> int:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputError(f"another process is exporting into {out}; wait for it or choose another -o") from None
+    return lock
+
+
+def _take_up(out: Path, work: Path, job: bytes) -> None:
+    """Know the job again and clear what it left half made, or write down that it is this one."""
+    if (work / JOB).is_file():
+        with (work / JOB).open("rb") as stream:
+            is_same = stream.read(len(job) + 1) == job
+        if not is_same:
+            raise OutputError(f"{out} holds an unfinished export of another job; delete {work} or choose another -o")
+        for left in work.glob("making-*"):
+            shutil.rmtree(left)
+        return
+    if foreign := sorted(path.name for path in work.iterdir() if path.name not in (LOCK, f"{JOB}.new")):
+        raise OutputError(f"{work} is not an export's (it holds {foreign[0]}); delete it or choose another -o")
+    fresh = work / f"{JOB}.new"
+    fresh.write_bytes(job)
+    fresh.rename(work / JOB)

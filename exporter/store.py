@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exporter import adapters, packing
-from exporter.checkpoint import open_tensors, read_json
-from exporter.errors import CheckpointError, WeightError
+from exporter.checkpoint import LARGEST_JSON, open_tensors, read_json
+from exporter.errors import CheckpointError, PocketError, WeightError
 from exporter.model import Architecture, Model, Provenance
 from exporter.weights import Dense, LowBit, Product, Shared, Sparse, Sum, Weight
 
@@ -44,7 +44,7 @@ def save(model: Model, folder: Path) -> None:
     """Write a model into an existing empty folder: the same model gives the same bytes."""
     tensors: dict[str, Tensor] = {f"tensor/{name}": tensor.contiguous() for name, tensor in model.tensors.items()}
     trees = {site: _write(weight, f"weight/{site}", tensors) for site, weight in sorted(model.weights.items())}
-    save_file(dict(sorted(tensors.items())), folder / WEIGHTS)
+    save_file(_apart(tensors), folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # the library writes for its owner alone
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -55,7 +55,7 @@ def save(model: Model, folder: Path) -> None:
     (folder / FILES).mkdir()
     for name, content in model.files.items():
         (folder / FILES / name).write_bytes(content)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def load(folder: Path) -> Model:
@@ -73,9 +73,11 @@ def load(folder: Path) -> Model:
         architecture = TypeAdapter(Architecture).validate_python(manifest.get("architecture"))
         provenance = TypeAdapter(Provenance).validate_python(manifest.get("provenance"))
         weights = {site: _read(tree, tensors, 0) for site, tree in _trees(manifest).items()}
-    except (ValidationError, WeightError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ValidationError, PocketError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} does not fit {WEIGHTS}: {_one_line(error)}") from None
     vectors = {name.removeprefix("tensor/"): tensor for name, tensor in tensors.items() if name.startswith("tensor/")}
+    if provenance.parameters < 1:
+        raise CheckpointError(f"{folder / MANIFEST}: a source of {provenance.parameters} parameters is none")
     model = Model(architecture, weights, vectors, provenance, _files(folder))
     _check_shapes(model, folder)
     return model
@@ -116,15 +118,22 @@ def _read(tree: Any, tensors: Mapping[str, Tensor], depth: int) -> Weight:
 
 
 def _low_bit(tree: Tree, tensors: Mapping[str, Tensor], depth: int) -> Weight:
-    name, bits = tree["name"], int(tree["bits"])
-    codes = _unpacked(tensors[f"{name}.codes"], bits, int(tree["in"]))
-    return LowBit(codes, tensors[f"{name}.scales"], tensors[f"{name}.zeros"], bits, int(tree["group"]))
+    name, bits = tree["name"], _whole(tree, "bits")
+    codes = _unpacked(tensors[f"{name}.codes"], bits, _whole(tree, "in"))
+    return LowBit(codes, tensors[f"{name}.scales"], tensors[f"{name}.zeros"], bits, _whole(tree, "group"))
 
 
 def _sparse(tree: Tree, tensors: Mapping[str, Tensor], depth: int) -> Weight:
     kept = _read(tree["kept"], tensors, depth)
     places = _unpacked(tensors[f"{tree['name']}.places"], 4, kept.shape[1])
-    return Sparse(kept, places, int(tree["n"]), int(tree["m"]))
+    return Sparse(kept, places, _whole(tree, "n"), _whole(tree, "m"))
+
+
+def _whole(tree: Tree, name: str) -> int:
+    value = tree[name]
+    if type(value) is not int:  # a bool is an int too
+        raise WeightError(f"{name} is {str(value)[:60]!r}, no whole number")
+    return value
 
 
 _READERS: dict[str, Callable[[Tree, Mapping[str, Tensor], int], Weight]] = {
@@ -139,6 +148,17 @@ _READERS: dict[str, Callable[[Tree, Mapping[str, Tensor], int], Weight]] = {
     ),
     "sum": lambda tree, tensors, depth: Sum(tuple(_read(term, tensors, depth) for term in tree["terms"])),
 }
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, none in another's memory, which safetensors refuses; sorted by name."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in sorted(tensors.items()):
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
@@ -173,7 +193,11 @@ def _check_shapes(model: Model, folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / FILES).glob("*")) if path.is_file()}
+    present = [path for path in sorted((folder / FILES).glob("*")) if path.is_file()]
+    for path in present:
+        if path.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {LARGEST_JSON} are read")
+    return {path.name: path.read_bytes() for path in present}
 
 
 def _one_line(error: Exception) -> str:

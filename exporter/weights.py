@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -103,7 +103,8 @@ class LowBit:
     def _spread(self, grid: Tensor) -> Tensor:
         """A value per group to a value per column: [out, groups] to [out, in]; [1, 1] serves all as it is."""
         one_serves_all = grid.shape == (1, 1)
-        return grid if one_serves_all else grid.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+        columns = self.shape[1]
+        return grid if one_serves_all else grid.repeat_interleave(min(self.group, columns), dim=1)[:, :columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +231,7 @@ class Sum:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, [out, in]."""
-        return torch.stack([term.dense(dtype) for term in self.terms]).sum(0)
+        return reduce(torch.add, (term.dense(dtype) for term in self.terms))
 
 
 Weight = Dense | LowBit | Sparse | Shared | Product | Sum

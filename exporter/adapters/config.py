@@ -66,11 +66,32 @@ class Fields:
         value = self._config.get(name)
         return default if value is None else value
 
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise ArchitectureError(f"config.json: {name} is {value!r}; it must be true or false")
+        return value
+
+    def strings(self, name: str) -> frozenset[str]:
+        """The different entries of a list of strings."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise ArchitectureError(f"config.json: {name} is {value!r}; it must be a list of names")
+        return frozenset(value)
+
+    def object(self, name: str) -> Mapping[str, Any]:
+        """A JSON object; empty where it is missing."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise ArchitectureError(f"config.json: {name} is {value!r}; it must be an object")
+        return value
+
     def tokens(self, name: str) -> tuple[int, ...]:
         """Token ids: one, several or none."""
         value = self.get(name)
         found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) and 0 <= token < 2**31 for token in found):
+        if not all(type(token) is int and 0 <= token < 2**31 for token in found):  # a bool is an int too
             raise ArchitectureError(f"config.json: {name} is {value!r}; it must be a token id or a list of them")
         return tuple(found)
 

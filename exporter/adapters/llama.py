@@ -83,6 +83,8 @@ def read(config: Mapping[str, Any]) -> Architecture:
     head_dim = fields.integer("head_dim", hidden // heads)
     if heads % kv_heads:
         raise ArchitectureError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key-value heads")
+    if head_dim % 2:
+        raise ArchitectureError(f"config.json: heads of {head_dim} channels cannot be rotated; head_dim must be even")
     layer = Layer(heads, kv_heads, head_dim, head_dim, fields.integer("intermediate_size"))
     architecture = Architecture(
         family="llama",
@@ -93,7 +95,7 @@ def read(config: Mapping[str, Any]) -> Architecture:
         activation=fields.activation("hidden_act"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=_rope(fields),
-        tied=bool(fields.get("tie_word_embeddings", False)),
+        tied=fields.flag("tie_word_embeddings", False),
         bos=next(iter(fields.tokens("bos_token_id")), None),
         eos=fields.tokens("eos_token_id"),
     )
@@ -113,10 +115,10 @@ def _positions(fields: Fields) -> int:
     """The longest context; never beyond a sliding window, within which full attention is the same thing."""
     positions = fields.integer("max_position_embeddings", 2048)
     window = fields.get("sliding_window")
-    is_used = fields.get("use_sliding_window", True)
-    layer_types = set(fields.get("layer_types", []))
+    is_used = fields.flag("use_sliding_window", True)
+    layer_types = fields.strings("layer_types")
     if layer_types - {"full_attention", "sliding_attention"}:
-        kinds = ", ".join(sorted(str(kind) for kind in layer_types))
+        kinds = ", ".join(sorted(layer_types))
         raise ArchitectureError(f"config.json: layer_types are {kinds}; known: full_attention, sliding_attention")
     return min(positions, fields.integer("sliding_window")) if window is not None and is_used else positions
 
@@ -125,8 +127,10 @@ def _rope(fields: Fields) -> Rope:
     """Rotary settings, where transformers 5 keeps them (`rope_parameters`) or where 4 did (`rope_scaling`)."""
     theta = fields.number("rope_theta", 10000.0)
     fields.only("partial_rotary_factor", 1.0)
-    settings = Fields(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    fields.get("rope_scaling")
+    now, before = fields.object("rope_parameters"), fields.object("rope_scaling")
+    if now and before and now != before:
+        raise ArchitectureError("config.json: rope_parameters and rope_scaling say different things; leave one out")
+    settings = Fields(now or before)
     kind = settings.get("rope_type") or settings.get("type") or "default"
     settings.get("type")
     theta = settings.number("rope_theta", theta)

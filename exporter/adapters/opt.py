@@ -97,7 +97,7 @@ def read(config: Mapping[str, Any]) -> Architecture:
         activation=fields.activation("activation_function"),
         norm_eps=1e-5,
         rope=None,
-        tied=bool(fields.get("tie_word_embeddings", True)),
+        tied=fields.flag("tie_word_embeddings", True),
         bos=next(iter(fields.tokens("bos_token_id")), None),
         eos=fields.tokens("eos_token_id"),
     )

@@ -92,7 +92,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
     windows: Annotated[int, typer.Option(min=1, help="Windows of tokens.")] = 60,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
-    seed: Annotated[int, typer.Option(help="Decides where the windows lie.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides where the windows lie; 0 or more.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Perplexity of a model or an artifact on a text."""

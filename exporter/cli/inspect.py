@@ -74,10 +74,9 @@ def _open(name: str) -> tuple[Session, Tokenizer, tuple[int, ...]]:
         artifacts.verify_files(folder, made)
         session = plugins.target(made.target).session(folder)
         files = {path.name: path.read_bytes() for path in folder.glob("tokenizer*.json")}
-        return session, Tokenizer(files, made.model.bos), tuple(made.model.eos)
+        return session, Tokenizer(files, made.model.bos, made.model.vocab), tuple(made.model.eos)
     model = pipeline.load(name)
-    architecture = model.architecture
-    return TorchSession(model), Tokenizer(model.files, architecture.bos), architecture.eos
+    return TorchSession(model), pipeline.tokenizer_of(model), model.architecture.eos
 
 
 def _model_of(folder: Path, made: artifacts.Artifact, given: Path | None) -> Model:

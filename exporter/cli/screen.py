@@ -34,7 +34,7 @@ def print_note(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """A value as JSON on stdout."""
-    print(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))  # noqa: T201
+    print(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))  # noqa: T201
 
 
 def print_line(text: str = "") -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from exporter import pipeline, store
 from tests.cli.conftest import Ran
@@ -66,6 +69,13 @@ def lie(folder: Path) -> None:
     path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
 
 
+def spoil(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][5] = float("nan")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -75,6 +85,10 @@ def lie(folder: Path) -> None:
         (edit_config(model_type="mamba"), "no adapter for model type 'mamba'; known: llama, mistral, opt"),
         (edit_config(alibi=True), "the llama adapter cannot honour alibi"),
         (edit_config(hidden_size=64), "config.json says"),
+        (spoil, "tensor model.norm.weight holds NaN"),
+        (edit_config(bos_token_id=10**6), "none of a vocabulary of 2048"),
+        (edit_config(max_position_embeddings=1), "at least 2 are needed"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
     ],
 )
 def test_a_bad_checkpoint_is_refused(change: Any, message: str, pocket: Pocket, tmp_path: Path) -> None:
@@ -221,3 +235,54 @@ def test_help_needs_no_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "export" in ran.stdout
+
+
+def test_a_path_that_no_system_can_have_is_told_in_one_line(pocket: Pocket, tmp_path: Path) -> None:
+    long, out = "a" * 5000, tmp_path / "out"
+    for words in (
+        ("export", long, *TARGET, "-o", out),
+        ("export", "builtin", *TARGET, "-o", tmp_path / long),
+        ("export", "builtin", "--recipe", long, *TARGET, "-o", out),
+        ("verify", long),
+        ("evaluate", "builtin", "--text", long),
+    ):
+        assert_refused(pocket(*words), "File name too long", out)
+
+
+def test_absurd_numbers_are_refused_at_once(pocket: Pocket, tmp_path: Path) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_text("import os\n" * 1000)
+    words = ("evaluate", "builtin", "--text", text)
+    assert_refused(pocket(*words, "--windows", 10**12), "ask for fewer", out)
+    assert_refused(pocket(*words, "--seed", 10**30), "seed", out)
+    assert_refused(pocket("run", "builtin", "--new-tokens", 10**30), "do not fit the context", out)
+    assert_refused(pocket("run", "builtin", "--prompt", "\udcff"), "is not Unicode", out)
+
+
+def test_an_interrupted_export_says_so_with_130_and_can_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = Path(__file__).parents[2] / "recipes" / "fasp-int4.yaml"
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; from exporter.cli import main; main()"
+    words = [sys.executable, "-c", code, "export", "builtin", "--recipe", str(recipe), *TARGET, "-o", str(out)]
+    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob(".pocket/making-*")):
+        assert running.poll() is None
+        time.sleep(0.05)
+
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+
+    assert running.returncode == 130
+    assert said.splitlines()[-1] == "error: interrupted; the same command goes on from the last finished stage"
+    assert "Traceback" not in said
+    assert [path.name for path in out.iterdir()] == [".pocket"]
+
+
+def test_a_terminal_without_the_models_letters_still_gets_an_answer() -> None:
+    words = [sys.executable, "-c", "from exporter.cli import main; main()", "run", "builtin", "-n", "1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run([*words, "--prompt", "\u65e5"], capture_output=True, text=True, env=environment)
+
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("\\u65e5")

@@ -7,9 +7,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from exporter import evaluate as evaluation
 from exporter import pipeline
 from exporter.recipe import parse
 from tests.cli.conftest import Ran
@@ -159,3 +161,53 @@ def test_a_prompt_longer_than_the_context_is_refused(pocket: Pocket, out: Path) 
     ran = pocket("run", out / ONNX, "--new-tokens", 5000)
     assert ran.code == 2
     assert "do not fit the context" in ran.err
+
+
+def test_check_derives_again_what_artifact_json_says(pocket: Pocket, out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    path = tmp_path / "out" / ONNX / "artifact.json"
+    good = json.loads(path.read_text())
+    lies = {"budget": {**good["budget"], "relative_l2": 1e9}, "model": {**good["model"], "layers": 99},
+            "decisions": good["decisions"][1:]}  # fmt: skip
+    for name, lie in lies.items():
+        path.write_text(json.dumps({**good, name: lie}))
+        ran = pocket("check", tmp_path / "out" / ONNX)
+        assert ran.code == 3
+        assert f"artifact.json: {name}: not what this model gives" in ran.err
+
+
+def strict(text: str) -> Any:
+    """JSON as other languages read it."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_an_infinite_perplexity_is_null_in_json(
+    pocket: Pocket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "LARGEST_LOSS", 0.0)
+    (tmp_path / "text").write_text("import os\n" * 100)
+    ran = pocket("evaluate", "builtin", "--text", tmp_path / "text", "--windows", 1, "--length", 32, "--json")
+
+    found = strict(ran.out)
+    assert found["perplexity"] is None
+    assert found["nll"] > 0
+
+
+def test_every_command_prints_the_same_strict_json_twice(pocket: Pocket, out: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("import os\n" * 100)
+    for words in (
+        ("check", out / ONNX),
+        ("run", out / ONNX, "-n", 3),
+        ("evaluate", "builtin", "--text", text, "--windows", 1, "--length", 32),
+        ("export", "builtin", "-t", ONNX, "-o", tmp_path / "x", "--dry-run"),
+        ("targets",),
+        ("doctor",),
+    ):
+        first, second = pocket(*words, "--json").out, pocket(*words, "--json").out
+        assert strict(first)
+        assert first == second

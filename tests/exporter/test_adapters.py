@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exporter import adapters, checkpoint
-from exporter.errors import ArchitectureError
+from exporter.errors import ArchitectureError, CheckpointError
 from exporter.session import TorchSession
+from exporter.tokenizer import Tokenizer
 
 FEW = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -79,7 +80,6 @@ def test_opt_equals_transformers(heads: tuple[int, int], layers: int, act: str, 
 
 def test_stories_greedy_text_is_the_published_one(stories: Path) -> None:
     from exporter.session import greedy
-    from exporter.tokenizer import Tokenizer
 
     model = checkpoint.load(stories)
     tokens = list(greedy(TorchSession(model), [1], 64))
@@ -92,6 +92,11 @@ def test_stories_greedy_text_is_the_published_one(stories: Path) -> None:
             "saw a big, red ball. She wanted to play with it, but it was too high."
         )
     )
+
+
+def llama3(**changes: Any) -> dict[str, Any]:
+    return {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16, **changes}  # fmt: skip
 
 
 def llama_config(**changes: Any) -> dict[str, Any]:
@@ -114,6 +119,20 @@ def llama_config(**changes: Any) -> dict[str, Any]:
         ({"eos_token_id": "x"}, "eos_token_id is 'x'; it must be a token id"),
         ({"layer_types": ["linear_attention"]}, "layer_types are linear_attention"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0"),
+        ({"rope_parameters": True}, "rope_parameters is True; it must be an object"),
+        ({"rope_parameters": None, "rope_scaling": [1]}, r"rope_scaling is \[1\]; it must be an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters and rope_scaling say different"),
+        ({"rope_parameters": llama3(low_freq_factor=4.0)}, "low 4 is not under high 4"),
+        ({"rope_parameters": llama3(factor=0.5)}, "rotary factor 0.5 is under 1"),
+        ({"layer_types": 3}, "layer_types is 3; it must be a list of names"),
+        ({"layer_types": [["x"]]}, "it must be a list of names"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"sliding_window": 8, "use_sliding_window": "no"}, "use_sliding_window is 'no'; it must be true or false"),
+        ({"bos_token_id": True}, "bos_token_id is True; it must be a token id"),
+        ({"bos_token_id": 9}, r"token \[9\] is none of a vocabulary of 9"),
+        ({"eos_token_id": [2, 1.0]}, "it must be a token id or a list"),
+        ({"head_dim": 5}, "heads of 5 channels cannot be rotated"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a positive number"),
     ],
 )
 def test_a_config_field_that_cannot_be_honoured_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -141,3 +160,16 @@ def test_a_sliding_window_bounds_the_context() -> None:
     config = {**llama_config(), "sliding_window": 128, "max_position_embeddings": 4096}
 
     assert adapters.find("llama").read(config).positions == 128
+
+
+def test_a_tokenizer_that_is_another_models_is_refused(stories: Path) -> None:
+    model = checkpoint.load(stories)
+
+    assert Tokenizer(model.files, 1, model.architecture.vocab).encode("Once upon a time")
+    with pytest.raises(CheckpointError, match=r"gives token \d+; the model has 20: one is another's"):
+        Tokenizer(model.files, 1, 20).encode("Once upon a time")
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(stories: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not Unicode"):
+        Tokenizer(checkpoint.load(stories).files, 1).encode("\udcff")

@@ -123,6 +123,10 @@ def test_what_is_no_artifact_json_is_refused_in_one_line(content: bytes, says: s
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "files.a.bytes: Input should be greater than or equal"),
         ({"files": {"a": {"bytes": 1, "sha256": "0" * 63}}}, "files.a.sha256: String should match"),
+        (
+            {"budget": {"relative_l2": float("inf"), "reason": ""}},
+            "budget.relative_l2: Input should be a finite number",
+        ),
     ],
 )
 def test_a_field_that_is_wrong_is_named(changes: dict[str, Any], says: str, folder: Path) -> None:
@@ -150,6 +154,23 @@ def test_golden_answers_that_could_not_fail_or_not_run_are_refused(
 ) -> None:
     golden = json.loads((folder / artifacts.NAME).read_text())["golden"]
     rewrite(folder, golden={**golden, **changes})
+
+    with pytest.raises(ArtifactError, match=says):
+        artifacts.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source_parameters": 0}, "model.source_parameters: Input should be greater than or equal to 1"),
+        ({"context": 1}, "model.context: Input should be greater than or equal to 2"),
+        ({"bos": 96}, "BOS token 96 is none of a vocabulary of 96"),
+        ({"bos": -1}, "model.bos: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(changes: dict[str, Any], says: str, folder: Path) -> None:
+    model = json.loads((folder / artifacts.NAME).read_text())["model"]
+    rewrite(folder, model={**model, **changes})
 
     with pytest.raises(ArtifactError, match=says):
         artifacts.load(folder)

@@ -155,3 +155,12 @@ def test_a_text_may_be_one_window_long_but_no_shorter(bos: int | None, needed: i
 def test_windows_that_calibrate_nothing_are_refused(count: int, length: int) -> None:
     with pytest.raises(RecipeError, match="at least 1 window of 2 tokens"):
         windows(range(100), count, length, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("count", "seed", "message"),
+    [(10**12, 0, "are over 67,108,864 tokens"), (1, -1, "seed -1 is not possible"), (1, 10**30, "give one from 0 to")],
+)
+def test_windows_that_no_memory_holds_and_seeds_that_are_none_are_refused(count: int, seed: int, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        windows(range(100), count, 16, seed, None)

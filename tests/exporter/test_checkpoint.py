@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter import checkpoint, pipeline
-from exporter.errors import CheckpointError
+from exporter.errors import CheckpointError, OutputError
 
 CONFIG = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
           "num_hidden_layers": 2, "vocab_size": 20, "hidden_act": "silu", "tie_word_embeddings": True}  # fmt: skip
@@ -148,3 +148,74 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             pipeline.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(float("nan"), torch.float32), (float("-inf"), torch.float16), (1e300, torch.float64)],
+)
+def test_a_tensor_that_is_not_finite_is_named(name: str, value: float, kind: torch.dtype, folder: Path) -> None:
+    def spoil(tensors: Any) -> None:
+        tensors[name] = tensors[name].to(kind)
+        tensors[name].view(-1)[5] = value
+
+    rewrite(folder, spoil)
+    with pytest.raises(CheckpointError, match=f"tensor {name} holds NaN, infinity"):
+        checkpoint.load(folder)
+
+
+def test_a_name_that_stands_twice_is_refused(folder: Path) -> None:
+    path, config = folder / "model.safetensors", folder / "config.json"
+    good, text = path.read_bytes(), config.read_text()
+    length = struct.unpack("<Q", good[:8])[0]
+    header = good[8 : 8 + length].rstrip()
+    again = json.dumps(json.loads(header)["model.norm.weight"])
+    header = header[:-1] + f',"model.norm.weight":{again}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + good[8 + length :])
+    with pytest.raises(CheckpointError, match=r"key 'model.norm.weight' is given twice"):
+        checkpoint.load(folder)
+
+    path.write_bytes(good)
+    config.write_text(text[:-1] + ', "vocab_size": 20}')
+    with pytest.raises(CheckpointError, match="key 'vocab_size' is given twice"):
+        checkpoint.load(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for index in range(2):
+        save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / f"part{index}.safetensors")
+    places = {f"tensor{index}": f"part{index}.safetensors" for index in range(2)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError, match=r"tensor model.norm.weight is there twice"):
+        checkpoint.load(folder)
+
+
+def test_a_tied_head_is_the_embedding_or_refused(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert "lm_head" not in checkpoint.load(folder).weights
+
+    rewrite(folder, lambda t: t["lm_head.weight"].mul_(2))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is not the embedding"):
+        checkpoint.load(folder)
+
+
+def test_eight_bit_floats_are_refused_by_name(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}))
+    with pytest.raises(CheckpointError, match=r"float8_e4m3fn; only float checkpoints are read: float64, float32"):
+        checkpoint.load(folder)
+
+
+def test_a_damaged_tokenizer_is_told_before_the_work(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read"):
+        pipeline.load(str(folder))
+
+
+def test_a_context_of_one_token_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 1}))
+    with pytest.raises(OutputError, match="continues no text; at least 2 are needed"):
+        pipeline.context_of(pipeline.load(str(folder)), None)

@@ -186,6 +186,7 @@ def test_numbers_that_are_not_finite_fail_and_still_print(value: float) -> None:
     assert not found.ok
     assert found.relative_l2 == math.inf
     assert "prefill: logits at position 2 are not finite" in found.reasons
+    assert "Infinity" not in to_json(found)  # which is no JSON
     assert Comparison.model_validate(json.loads(to_json(found))) == found
 
 

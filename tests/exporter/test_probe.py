@@ -234,6 +234,8 @@ def test_a_prompt_is_the_golden_text_over_and_over(folder: Path) -> None:
 
     assert probe.prompt(made, 4) == text[:4]
     assert probe.prompt(made, 20) == (*text, *text, *text[:2])
+    with pytest.raises(PocketError, match="1000000000000 prompt tokens do not fit the artifact's context of 32"):
+        probe.prompt(made, 10**12)  # before anything of that size is made
 
 
 SECONDS = st.floats(1e-6, 1e3)

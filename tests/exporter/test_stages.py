@@ -36,6 +36,7 @@ def test_a_stage_that_dies_leaves_nothing_under_a_final_name(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         workshop.stage("a", "key", die)
 
+    workshop.release()  # as the end of a process does
     assert [path.name.split("-")[0] for path in (tmp_path / "out" / WORK).iterdir() if path.is_dir()] == ["making"]
     Workshop(tmp_path / "out", {"job": 1})
     assert not [path for path in (tmp_path / "out" / WORK).iterdir() if path.is_dir()]
@@ -84,3 +85,48 @@ def test_an_error_in_a_folder_that_was_there_leaves_it_empty(tmp_path: Path) -> 
 def test_keys_tell_different_work_apart() -> None:
     assert key_of(1, {"a": 2, "b": 3}) == key_of(1, {"b": 3, "a": 2}) != key_of(1, {"a": 2, "b": 4})
     assert code_version("exporter") == code_version("exporter") != code_version("targets")
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path / "out", {"job": 1})
+    begun = (tmp_path / "out" / WORK / "making-of-the-first").absolute()
+    begun.mkdir()
+    for job in (1, 2):
+        with pytest.raises(OutputError, match="another process is exporting into"):
+            Workshop(tmp_path / "out", {"job": job})
+
+    assert begun.is_dir()
+    workshop.release()
+    Workshop(tmp_path / "out", {"job": 1})
+    assert not begun.exists()
+
+
+def test_a_work_folder_that_no_export_made_is_refused_and_kept(tmp_path: Path) -> None:
+    work = tmp_path / "out" / WORK
+    work.mkdir(parents=True)
+    (work / "mine").write_text("x")
+    with pytest.raises(OutputError, match=r"is not an export's \(it holds mine\)"):
+        Workshop(tmp_path / "out", {})
+    assert [path.name for path in work.iterdir()] == ["mine"]
+
+    (work / "job.json").write_bytes(b"\xff{{" * 1000)
+    with pytest.raises(OutputError, match="unfinished export of another job"):
+        Workshop(tmp_path / "out", {})
+    assert sorted(path.name for path in work.iterdir()) == ["job.json", "mine"]
+
+
+def test_a_work_folder_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / WORK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="is a link; delete it"):
+        Workshop(tmp_path / "out", {})
+    assert (tmp_path / "elsewhere" / "precious").is_file()
+
+
+def test_an_error_takes_the_parents_that_were_made_with_it(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path / "a" / "b" / "out", {})
+    with pytest.raises(CheckpointError), abandoned_on_error(workshop):
+        raise CheckpointError("bad")
+    assert list(tmp_path.iterdir()) == []
