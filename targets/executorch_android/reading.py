@@ -18,8 +18,10 @@ from executorch.backends.xnnpack import serialization
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._program import deserialize_pte_binary
+from executorch.exir.schema import KernelCall
 from torch import Tensor
 
+from exporter.errors import ArtifactError
 from exporter.model import Model
 from exporter.plugins import Finding, Plan
 from exporter.weights import Dense, LowBit, Shared, Weight, nodes
@@ -45,7 +47,8 @@ class Contents:
         methods: Value of each constant method.
         inputs: Type and shape of each input of `forward`; the outputs likewise.
         linears: Input type and weight type of each linear in a delegate, counted.
-        operators: Operators of `forward` outside delegates.
+        attention: Arguments of each `custom_sdpa` that are constants, in order.
+        kept: Number of cache updates.
     """
 
     file: bytes
@@ -55,7 +58,8 @@ class Contents:
     inputs: list[tuple[str, list[int]]]
     outputs: list[tuple[str, list[int]]]
     linears: Counter[tuple[str, str]]
-    operators: frozenset[str]
+    attention: list[dict[str, Any]]
+    kept: int
 
     def holds(self, where: str, data: bytes) -> bool:
         """Whether some bytes are a blob of a delegate (`named`) or a constant of the program (`constants`)."""
@@ -63,8 +67,20 @@ class Contents:
 
 
 def read(path: Path) -> Contents:
-    """Read a .pte."""
-    data = path.read_bytes()
+    """Read a .pte.
+
+    Raises:
+        ArtifactError: it is missing, or no such file.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} has no {path.name}; `pocket export` makes it")
+    try:
+        return _contents(path.read_bytes())
+    except Exception as error:  # a damaged file is whatever ExecuTorch's readers stumble over
+        raise ArtifactError(f"{path} is no program that ExecuTorch can read: {error or type(error).__name__}") from None
+
+
+def _contents(data: bytes) -> Contents:
     file = deserialize_pte_binary(data)
     plans = {plan.name: plan for plan in file.program.execution_plan}
     forward = plans.pop("forward")
@@ -77,7 +93,8 @@ def read(path: Path) -> Contents:
         inputs=[_tensor(forward.values[i]) for i in forward.inputs],
         outputs=[_tensor(forward.values[i]) for i in forward.outputs],
         linears=Counter(pair for graph in graphs for pair in _linears(graph)),
-        operators=frozenset(f"{operator.name}.{operator.overload}" for operator in forward.operators),
+        attention=[_constants(forward, call) for call in _calls(forward, "llama::custom_sdpa")],
+        kept=sum(1 for _ in _calls(forward, "llama::update_cache")),
     )
 
 
@@ -101,8 +118,16 @@ def _interface(contents: Contents, model: Model, plan: Plan) -> Iterator[Finding
     wanted = [("LONG", [1, longest]), ("LONG", [1])], [("FLOAT", [1, longest, vocab])]
     found = contents.inputs, contents.outputs
     yield Finding("forward(tokens [1, T], position [1]) -> logits [1, T, vocab]", found == wanted, f"{found}")
-    runs = {"llama::custom_sdpa.out", "llama::update_cache.out"} <= contents.operators
-    yield Finding("attention", runs, "llama::custom_sdpa and llama::update_cache" if runs else "not the LLM kernels")
+    yield _attention(contents, model)
+
+
+def _attention(contents: Contents, model: Model) -> Finding:
+    """One causal attention a layer, with its scale, over caches that are both written."""
+    layers = model.architecture.layers
+    wanted = [{"bool_val": [True], "double_val": [0.0, layer.head_dim**-0.5]} for layer in layers]
+    is_same = contents.attention == wanted and contents.kept == 2 * len(layers)
+    detail = f"{len(contents.attention)} llama::custom_sdpa, {contents.kept} llama::update_cache"
+    return Finding("attention", is_same, detail if is_same else f"{detail}: {contents.attention}, not {wanted}")
 
 
 def _delegated(contents: Contents, plan: Plan, uses: Uses) -> Finding:
@@ -201,6 +226,23 @@ def _constant(plan: Any) -> Any:
     """What a constant method returns: a list where it is one of token ids, else one number."""
     values = [getattr(plan.values[i].val, FIELDS[type(plan.values[i].val).__name__]) for i in plan.outputs]
     return values if plan.name == "get_eos_ids" else values[0]
+
+
+def _calls(plan: Any, operator: str) -> Iterator[Any]:
+    """Calls of an operator, in the order of the program."""
+    for instruction in (i.instr_args for chain in plan.chains for i in chain.instructions):
+        if isinstance(instruction, KernelCall) and plan.operators[instruction.op_index].name == operator:
+            yield instruction
+
+
+def _constants(plan: Any, call: Any) -> dict[str, Any]:
+    """Truth values and fractions among the arguments of a call, by type, in order."""
+    found: dict[str, Any] = {"bool_val": [], "double_val": []}
+    for value in (plan.values[i].val for i in call.args):
+        for field in found:
+            if hasattr(value, field):
+                found[field].append(getattr(value, field))
+    return found
 
 
 def _tensor(value: Any) -> tuple[str, list[int]]:

@@ -12,7 +12,7 @@ from executorch.extension.pybindings import portable_lib
 from executorch.runtime import Runtime
 from torch import Tensor
 
-from exporter.errors import TargetError
+from exporter.errors import ArtifactError, TargetError
 from targets.executorch_android.package import FILE
 
 
@@ -25,14 +25,18 @@ class ExecutorchSession:
 
     Raises:
         TargetError: there is no model.pte.
+        ArtifactError: the runtime cannot load it, or later not run it.
     """
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         if not (folder / FILE).is_file():
             raise TargetError(f"{folder} has no {FILE}; `pocket export --target executorch-android` writes one")
         portable_lib._unsafe_reset_threadpool(threads)
-        self._program = Runtime.get().load_program(folder / FILE)
-        self._forward = self._program.load_method("forward")
+        try:
+            self._program = Runtime.get().load_program(folder / FILE)
+            self._forward = self._program.load_method("forward")
+        except RuntimeError as error:
+            raise ArtifactError(f"{folder / FILE} does not load in ExecuTorch: {error}") from None
         self.context = self._constant("get_max_context_len")
         self._longest = self._constant("get_max_seq_len")
         self._position = 0
@@ -54,7 +58,10 @@ class ExecutorchSession:
 
     def _call(self, tokens: Sequence[int]) -> Tensor:
         inputs = (torch.tensor([list(tokens)]), torch.tensor([self._position]))
-        logits: Tensor = self._forward.execute(inputs)[0]
+        try:
+            logits: Tensor = self._forward.execute(inputs)[0]
+        except RuntimeError as error:
+            raise ArtifactError(f"the program does not run in ExecuTorch: {error}") from None
         self._position += len(tokens)
         return logits[0].clone()  # the output is the runtime's own memory
 

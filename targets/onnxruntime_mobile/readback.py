@@ -22,11 +22,12 @@ from exporter.plugins import Finding, Plan
 from exporter.weights import Dense, LowBit
 from targets.onnxruntime_mobile import package
 from targets.onnxruntime_mobile.constants import DATA, MODEL, shifts
-from targets.onnxruntime_mobile.ops import INT8_ACTIVATIONS
+from targets.onnxruntime_mobile.ops import INT8_ACTIVATIONS, GraphOps
 from targets.onnxruntime_mobile.prices import has_whole_zeros, padded_columns
 
 LARGEST_GRAPH = 256 * 2**20  # bytes; the weights lie apart
 TYPES = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.UINT8: np.uint8, onnx.TensorProto.INT32: np.int32}
+PARTS = ("weight", "codes", "rows", "scales", "zeros", "shifts")  # constants of a leaf, after its name
 
 Array = npt.NDArray[np.generic]
 
@@ -69,11 +70,13 @@ def inspect(folder: Path, model: Model, plan: Plan) -> list[Finding]:
     written = read_model(folder)
     arrays = references(written, folder)
     ops, expected = package.build(model, plan)
-    findings = [_interface(written, expected), _products(written, expected), _places(written)]
+    findings = [_interface(written, expected), _products(written, expected), _rest(written, expected)]
+    findings += [_places(written), _settings(folder, model, plan)]
     for name, leaf in ops.leaves.items():
         findings.append(_dense(name, leaf, arrays) if isinstance(leaf, Dense) else _low_bit(name, leaf, arrays))
     parameters = ((name, tensor) for name, tensor in ops.model.tensors.items() if name in ops.constants.values)
-    return [*findings, *(_same(name, arrays.get(name), tensor.float()) for name, tensor in parameters)]
+    findings += [_same(name, arrays.get(name), tensor.float()) for name, tensor in parameters]
+    return [*findings, *_tables(ops, arrays)]
 
 
 def _mapped(tensor: onnx.TensorProto, whole: Array) -> Array:
@@ -112,6 +115,31 @@ def _products(written: onnx.ModelProto, expected: ir.Model) -> Finding:
     levels = {a.i for node in low_bit for a in node.attribute if a.name == "accuracy_level"}
     detail = f"{len(written.graph.node)} nodes, {len(low_bit)} MatMulNBits"
     return Finding("nodes", is_same and levels <= {INT8_ACTIVATIONS}, detail)
+
+
+def _rest(written: onnx.ModelProto, expected: ir.Model) -> Finding:
+    """Whatever else is in the graph file: small constants, places of large ones, versions, the context."""
+    found, wanted = onnx.ModelProto(), ir.to_proto(expected)
+    found.CopyFrom(written)
+    for graph in (found.graph, wanted.graph):
+        del graph.node[:], graph.input[:], graph.output[:]  # have findings of their own
+    is_same = found.SerializeToString(deterministic=True) == wanted.SerializeToString(deterministic=True)
+    return Finding("rest of the graph", is_same, "small constants, places, versions, context")
+
+
+def _settings(folder: Path, model: Model, plan: Plan) -> Finding:
+    path, wanted = folder / package.GENAI, package.genai_config(model.architecture, plan.context)
+    is_same = path.is_file() and path.read_bytes() == wanted.encode()
+    return Finding(package.GENAI, is_same, "byte for byte" if is_same else "differs")
+
+
+def _tables(ops: GraphOps, arrays: dict[str, Array]) -> Iterator[Finding]:
+    """Constants that are neither the model's leaves nor its vectors: rotary tables, labels of shared rows."""
+    known = {*ops.model.tensors, *(f"{name}.{part}" for name in ops.leaves for part in PARTS)}
+    for name in sorted(set(ops.constants.values) - known):
+        wanted = b"".join(piece.tobytes() for piece in ops.constants.blobs[name].arrays())
+        is_same = name in arrays and arrays[name].tobytes() == wanted
+        yield Finding(name, is_same, "bit for bit" if is_same else "differs")
 
 
 def _places(written: onnx.ModelProto) -> Finding:

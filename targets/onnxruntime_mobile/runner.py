@@ -55,6 +55,7 @@ class OnnxSession:
 
         Raises:
             TargetError: no token, one that the vocabulary lacks, or more than the context holds.
+            ArtifactError: the runtime cannot run the graph.
         """
         self._require(tokens)
         count = self._count + len(tokens)
@@ -63,7 +64,7 @@ class OnnxSession:
         self._binding.bind_cpu_input("attention_mask", mask)
         logits = torch.empty(1, len(tokens), self._vocab)
         self._binding.bind_output("logits", "cpu", 0, np.float32, tuple(logits.shape), logits.data_ptr())
-        self._session.run_with_iobinding(self._binding)
+        _run(self._session, self._binding)
         self._count = count
         return logits[0]
 
@@ -76,6 +77,13 @@ class OnnxSession:
         if self._count + len(tokens) > self.context:
             more = f"{self._count} tokens and {len(tokens)} more"
             raise TargetError(f"{more} do not fit the context of {self.context}; reset, or export with a longer one")
+
+
+def _run(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except RuntimeError as error:
+        raise ArtifactError(f"the graph does not run in onnxruntime {onnxruntime.__version__}: {error}") from None
 
 
 def open_session(path: Path, threads: int = 1) -> OnnxSession:

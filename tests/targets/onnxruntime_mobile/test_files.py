@@ -9,7 +9,7 @@ import torch
 
 from exporter.errors import ArtifactError, TargetError
 from exporter.model import Layer
-from exporter.weights import Dense, LowBit, Product, Sparse, Sum, to_meta
+from exporter.weights import Dense, LowBit, Product, Shared, Sparse, Sum, to_meta
 from targets.onnxruntime_mobile import TARGET, runner
 from targets.onnxruntime_mobile.constants import ALIGNMENT, DATA, MODEL
 from targets.onnxruntime_mobile.ops import GraphOps
@@ -240,6 +240,42 @@ def test_a_changed_norm_table_graph_or_interface_is_found(exported, decoder, all
     assert "inputs and outputs" in wrong(edited(folder, renamed), model, plan)
 
 
+def test_a_rotary_table_far_out_settings_and_the_rest_of_the_graph_are_compared(exported, decoder):
+    model = decoder()
+    folder, plan = exported(model)
+    place = entries(onnx.load(folder / MODEL, load_external_data=False), "rotary_16.sin")
+    content = bytearray((folder / DATA).read_bytes())
+    content[int(place["offset"].value) + int(place["length"].value) - 4] ^= 1  # position 47
+    (folder / DATA).write_bytes(content)
+    assert wrong(folder, model, plan) == {"rotary_16.sin": "differs"}
+
+    folder, _ = exported(model)
+    (folder / GENAI).write_text(
+        (folder / GENAI).read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    assert wrong(folder, model, plan) == {"genai_config.json": "differs"}
+
+    def shorten(graph):
+        graph.metadata_props[0].value = "24"
+
+    assert list(wrong(edited(exported(model)[0], shorten), model, plan)) == ["rest of the graph"]
+
+
+def test_labels_of_shared_rows_are_compared(exported, decoder):
+    site, labels = "model.layers.0.mlp.up_proj", torch.arange(96) // 2
+    model = decoder().with_weights({site: Shared(Dense(torch.randn(48, 64)), labels)})
+    folder, plan = exported(model)
+    assert wrong(folder, model, plan) == {}
+    name = next(
+        t.name for t in onnx.load(folder / MODEL, load_external_data=False).graph.initializer if t.data_type == 6
+    )
+    content = (folder / DATA).read_bytes()
+    stored = labels.to(torch.int32).numpy().tobytes()
+    assert content.count(stored) == 1
+    (folder / DATA).write_bytes(content.replace(stored, labels.flip(0).to(torch.int32).numpy().tobytes()))
+    assert list(wrong(folder, model, plan)) == [name]
+
+
 def test_files_are_run_with_float_activations_against_the_model_itself(exported, decoder, all_rounded):
     model = all_rounded(decoder())
     folder, plan = exported(model)
@@ -320,6 +356,17 @@ def test_a_graph_that_the_runtime_refuses_or_without_a_context_is_told(exported,
 
     with pytest.raises(ArtifactError, match="does not load in onnxruntime 1"):
         TARGET.session(edited(folder, misname))
+
+
+def test_a_graph_that_loads_and_does_not_run_is_told(exported, decoder):
+    folder, _ = exported(decoder())
+
+    def split(graph):
+        attention = next(node for node in graph.graph.node if node.op_type == "GroupQueryAttention")
+        next(a for a in attention.attribute if a.name == "kv_num_heads").i = 4
+
+    with pytest.raises(ArtifactError, match="the graph does not run in onnxruntime 1"):
+        TARGET.session(edited(folder, split)).step([1])
 
 
 # ---- sessions -------------------------------------------------------------------------------------------------
