@@ -176,8 +176,10 @@ def refuse_wasted_bits(target: plugins.Target, plan: plugins.Plan) -> None:
         TargetError: names the site and the widths or groups that the target takes.
     """
     for decision in plan.decisions:
-        if re.fullmatch(r"\d-bit group \d+", decision.tree) and decision.stored.startswith("float"):
-            raise TargetError(f"{decision.site}: {target.name} cannot store {decision.tree}: {decision.reason}")
+        if re.fullmatch(r"\d-bit group \d+( with zero points)?", decision.tree) and decision.stored.startswith("float"):
+            why = decision.reason.partition(": ")[2] or decision.reason
+            advice = "choose bits, group and symmetric that it takes, ignore this site, or leave the target out"
+            raise TargetError(f"{decision.site}: {target.name} cannot store {decision.tree}: {why}; {advice}")
 
 
 def context_of(model: Model, context: int | None) -> int:

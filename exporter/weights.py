@@ -273,7 +273,8 @@ def describe(weight: Weight) -> str:
         case Dense():
             return str(weight.values.dtype).removeprefix("torch.")
         case LowBit():
-            return f"{weight.bits}-bit group {weight.group}"
+            has_zero_points = weight.zeros.shape != (1, 1)
+            return f"{weight.bits}-bit group {weight.group}" + (" with zero points" if has_zero_points else "")
         case Sparse():
             return f"{weight.n}:{weight.m} of {describe(weight.kept)}"
         case Shared():
