@@ -40,7 +40,7 @@ class CoreMLTarget:
 
         return inspection.inspect(folder, model, plan)
 
-    def session(self, folder: Path) -> Session:
+    def session(self, folder: Path, threads: int = 1) -> Session:
         raise TargetError(
             f"Core ML programs cannot run on this machine, so {folder} has no session; "
             "its constants and interface are checked instead (`pocket check`)"

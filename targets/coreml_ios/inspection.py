@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ from exporter.weights import LowBit, Sparse
 from targets.coreml_ios.constants import Array, Constant, Stored
 from targets.coreml_ios.encoding import Form, form, labels, leaves, padded_width
 from targets.coreml_ios.ops import ZEROS, rope_tables, state_shapes
-from targets.coreml_ios.package import NAME
-from targets.coreml_ios.reader import Interface, Package
+from targets.coreml_ios.package import NAME, write
+from targets.coreml_ios.reader import Interface, Package, block_of
 
 ROLES = {  # parameter of a constexpr operation -> what it is of a leaf
     "val": "codes", "data": "codes", "nonzero_data": "codes", "indices": "codes", "indices_nonzero_data": "codes",
@@ -30,7 +31,7 @@ Problems = Iterator[str]
 
 
 def inspect(folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
-    """One finding for the interface, for every leaf, for every norm and bias, and for the size.
+    """One finding for the interface, every leaf, every norm and bias, the size; where these are right, the operations.
 
     Raises:
         ArtifactError: there is no package, or its files cannot be read at all.
@@ -44,7 +45,27 @@ def inspect(folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
                   for name, wanted in labels(site, weight)]  # fmt: skip
     for name, tensor in _tensors(package, model, plan).items():
         found.append(_constant(package, name, partial(_vector, tensor=tensor), tuple(tensor.shape), "float16 values"))
-    return [*found, _size(package, plan)]
+    found.append(_size(package, plan))
+    is_as_written = all(finding.ok for finding in found)
+    return [*found, _operations(package, model, plan)] if is_as_written else found
+
+
+def _operations(package: Package, model: Model, plan: Plan) -> Finding:
+    """Every operation with its attributes and inputs, against the program that is written for the model now.
+
+    Nothing here can run a program, so this is what tells a silu from a relu, or two matrices that changed places.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        package_now = Path(place) / NAME
+        write(model, plan, package_now)
+        wanted = Package(package_now).specification
+    what, said = "operations", package.specification
+    if said.SerializeToString(deterministic=True) == wanted.SerializeToString(deterministic=True):
+        return Finding(what, True, f"{len(package.block.operations)}, each as the model says")
+    now = block_of(wanted).operations
+    apart = (f"{a.type} {a.outputs[0].name}, not {b.type} {b.outputs[0].name}"
+             for a, b in zip(package.block.operations, now) if a != b)  # fmt: skip
+    return Finding(what, False, f"the first that differs: {next(apart, 'something beside the operations')}")
 
 
 def _tensors(package: Package, model: Model, plan: Plan) -> dict[str, Tensor]:

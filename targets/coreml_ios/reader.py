@@ -64,7 +64,7 @@ class Package:
         _check_manifest(path)
         self.specification = _specification(path / ROOT / SPECIFICATION)
         self.weights = Weights(path / ROOT / WEIGHTS)
-        self.block = _block(self.specification)
+        self.block = block_of(self.specification)
         self._made_by: dict[str, tuple[int, int]] = {}  # output name -> operation, which of its outputs
         for index, operation in enumerate(self.block.operations):
             for place, output in enumerate(operation.outputs):
@@ -229,7 +229,7 @@ def _specification(path: Path) -> Any:
     return specification
 
 
-def _block(specification: Any) -> Any:
+def block_of(specification: Any) -> Any:
     """The operations of the program's one function."""
     functions = specification.mlProgram.functions
     if specification.WhichOneof("Type") != "mlProgram" or list(functions) != ["main"]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from exporter.model import Layer, Rope
 from exporter.plugins import Finding
 from exporter.session import TorchSession, greedy
 from exporter.weights import Dense, to_meta
-from targets.coreml_ios import TARGET
+from targets.coreml_ios import TARGET, reader
 from targets.coreml_ios.reader import Package
 from tests.models import LLAMA, low_bit, random_model, sparse
 from tests.targets.coreml_ios.conftest import CONTEXT, Lowered, lower, rounded, to_nearest, unequal
@@ -169,6 +170,36 @@ def test_a_flipped_bit_is_found_by_the_name_of_its_matrix(lowered: Get, tmp_path
     found = wrong(TARGET.inspect(copy.folder, copy.model, copy.plan))
 
     assert found == [f"{site}: codes differ; what is decoded is not the matrix rounded to float16"]
+
+
+def one_activation(block: Any) -> None:
+    next(operation for operation in block.operations if operation.type == "silu").type = "relu"
+
+
+def two_matrices(block: Any) -> None:
+    linears = [operation for operation in block.operations if operation.type == "linear"]
+    one, other = (operation.inputs["weight"].arguments[0] for operation in (linears[0], linears[3]))  # q and o
+    one.name, other.name = other.name, one.name
+
+
+def one_small_constant(block: Any) -> None:
+    named = (operation for operation in block.operations if operation.outputs[0].name.endswith("epsilon_0"))
+    next(named).attributes["val"].immediateValue.tensor.bytes.values = b"\x00\x3c"
+
+
+@pytest.mark.parametrize("change", [one_activation, two_matrices, one_small_constant])
+def test_an_operation_that_is_not_the_models_is_found(change: Any, lowered: Get, tmp_path: Path) -> None:
+    made = lowered("unequal")
+    shutil.copytree(made.folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "model.mlpackage" / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    specification = reader.proto.Model_pb2.Model.FromString(path.read_bytes())
+    change(reader.block_of(specification))
+    path.write_bytes(specification.SerializeToString(deterministic=True))
+
+    found = wrong(TARGET.inspect(tmp_path / "copy", made.model, made.plan))
+
+    assert len(found) == 1
+    assert found[0].startswith("operations: the first that differs: ")
 
 
 def packed_int4(codes: torch.Tensor) -> bytes:
