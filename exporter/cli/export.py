@@ -11,7 +11,7 @@ from exporter import recipe as recipes
 from exporter.checking import Outcome
 from exporter.cli.screen import print_json, print_line, print_note, print_table, watch
 from exporter.errors import CheckFailedError
-from exporter.evaluate import Divergence
+from exporter.evaluate import Comparison, Divergence
 from exporter.model import Model
 from exporter.pipeline import Job
 from exporter.recipe import Recipe
@@ -80,14 +80,14 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
         for note in outcome.notes:
             print_line(f"{outcome.target}: {note}")
         if outcome.comparison is not None and outcome.comparison.divergence is not None:
-            print_line(f"{outcome.target}: {_parting(outcome.comparison.divergence)}")
+            print_line(f"{outcome.target}: {_parting(outcome.comparison, outcome.comparison.divergence)}")
 
 
-def _parting(found: Divergence) -> str:
+def _parting(compared: Comparison, found: Divergence) -> str:
     """Where greedy texts part, and whether the budget explains it."""
     kind = "a tie within" if found.is_tie else "NOT a tie within"
-    gap = f"the model's logits of the two tokens are {found.reference_gap:.2g} apart"
-    return f"greedy text parts at token {found.position}: {kind} the budget ({gap}, allowed {found.allowed_gap:.2g})"
+    gap = f"the model's logits of the two tokens are {found.reference_gap:.2g} apart, rounding moves logits by up to"
+    return f"greedy text parts at token {found.position}: {kind} the budget ({gap} {compared.max_abs:.2g})"
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:

@@ -13,6 +13,9 @@ import pytest
 
 from exporter import evaluate as evaluation
 from exporter import pipeline
+from exporter.checking import Outcome
+from exporter.cli.export import print_outcomes
+from exporter.evaluate import Comparison, Divergence
 from exporter.recipe import parse
 from tests.cli.conftest import Ran
 
@@ -116,6 +119,25 @@ def test_a_model_calibrated_on_the_sample_that_ships_is_told_of(pocket: Pocket, 
 
     assert "note: calibrating on the sample that ships" in pocket("export", pipeline.BUILTIN_FOLDER, *words).err
     assert "note:" not in pocket("export", "builtin", *words).err
+
+
+def test_where_greedy_texts_part_is_said_with_its_gap(capsys: pytest.CaptureFixture[str]) -> None:
+    parted = Divergence(
+        position=5, reference_token=1, candidate_token=2, reference_gap=0.03, allowed_gap=4.0, is_tie=True
+    )
+    compared = Comparison(
+        positions=64, max_abs=0.29, relative_l2=0.02, budget_l2=0.1, kl=0.01, top1=0.9, prefill_decode_l2=0.01,
+        greedy_agreement=5, new_tokens=64, divergence=parted, ok=True, reasons=[],
+    )  # fmt: skip
+    outcome = Outcome(target="t", file_bytes=1, bits_per_weight=4.0, native=1, sites=1, folded=[], notes=[],
+                      findings=[], comparison=compared)  # fmt: skip
+
+    print_outcomes([outcome])
+
+    line = (
+        "t: greedy text parts at token 5: a tie within the budget (the model's logits of the two tokens are 0.03 apart"
+    )
+    assert line in capsys.readouterr().out
 
 
 def test_dry_run_prints_a_plan_and_writes_nothing(pocket: Pocket, tmp_path: Path) -> None:
