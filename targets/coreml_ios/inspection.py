@@ -44,7 +44,8 @@ def inspect(folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
         found += [_constant(package, name, partial(_labels, labels=wanted), tuple(wanted.shape), "labels")
                   for name, wanted in labels(site, weight)]  # fmt: skip
     for name, tensor in _tensors(package, model, plan).items():
-        found.append(_constant(package, name, partial(_vector, tensor=tensor), tuple(tensor.shape), "float16 values"))
+        compare, shape = partial(_vector, tensor=tensor), tuple(tensor.shape)
+        found.append(_left_out(package, name, tensor) or _constant(package, name, compare, shape, "float16 values"))
     found.append(_size(package, plan))
     is_as_written = all(finding.ok for finding in found)
     return [*found, _operations(package, model, plan)] if is_as_written else found
@@ -110,6 +111,13 @@ def _constant(
         if not list(compare(constant)):
             return Finding(name, ok=True, detail=f"{words}; stored once, as {other}")
     return Finding(name, ok=False, detail="no constant of that name, and none that is equal")
+
+
+def _left_out(package: Package, name: str, tensor: Tensor) -> Finding | None:
+    """A factor of ones, or a term of zeros, that coremltools removed with its operation."""
+    is_there = name.replace(".", "_") in package.names
+    does_nothing = bool((tensor.half() == (1 if name.endswith(".weight") else 0)).all())
+    return None if is_there or not does_nothing else Finding(name, ok=True, detail="does nothing, and was left out")
 
 
 def _alike(package: Package, shape: tuple[int, ...]) -> Iterator[tuple[str, Constant]]:

@@ -22,7 +22,7 @@ from exporter.session import TorchSession, greedy
 from exporter.weights import Dense, to_meta
 from targets.coreml_ios import TARGET, reader
 from targets.coreml_ios.reader import Package
-from tests.models import LLAMA, low_bit, random_model, sparse
+from tests.models import LLAMA, OPT, low_bit, random_model, sparse
 from tests.targets.coreml_ios.conftest import CONTEXT, Lowered, lower, rounded, to_nearest, unequal
 from tests.targets.coreml_ios.slow_executor import SlowExecutor
 
@@ -170,6 +170,18 @@ def test_a_flipped_bit_is_found_by_the_name_of_its_matrix(lowered: Get, tmp_path
     found = wrong(TARGET.inspect(copy.folder, copy.model, copy.plan))
 
     assert found == [f"{site}: codes differ; what is decoded is not the matrix rounded to float16"]
+
+
+@pytest.mark.parametrize("base", [LLAMA, OPT])
+def test_norms_of_ones_and_biases_of_zeros_may_be_left_out_but_no_others(base: Any, tmp_path: Path) -> None:
+    model = random_model(base)
+    idle = {n: (torch.ones if n.endswith("weight") else torch.zeros)(t.shape) for n, t in model.tensors.items()}
+    made = lower(model.with_tensors(idle), tmp_path)
+    name = next(name for name in idle if name.endswith("weight"))
+    doubled = made.model.with_tensors({name: idle[name] * 2})
+
+    assert wrong(TARGET.inspect(made.folder, made.model, made.plan)) == []
+    assert [line.split(":")[0] for line in wrong(TARGET.inspect(made.folder, doubled, made.plan))] == [name]
 
 
 def one_activation(block: Any) -> None:
