@@ -9,9 +9,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+# A shared machine may stall any example; in CI the same examples are drawn every time.
+settings.register_profile("pocket", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("pocket")
 
 
 @pytest.fixture(autouse=True)
