@@ -59,6 +59,16 @@ class CheckFailedError(PocketError):
 
 
 class BackendMissingError(PocketError):
-    """An optional back end that is not installed."""
+    """An optional back end that is not installed.
+
+    Args:
+        what: Who needs it, e.g. `target coreml-ios`.
+        module: The import package that is missing.
+        extra: The pip extra that brings it.
+    """
+
+    def __init__(self, what: str, module: str | None, extra: str) -> None:
+        hint = f"pip install 'pocket-exporter[{extra}]'"
+        super().__init__(f"{what} needs {module}, which is not installed; {hint}")
 
     exit_code = 4

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,13 +150,11 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
         PocketError: whatever is wrong with the input; nothing is left behind.
     """
     watch = watch or Unwatched()
-    chosen = [plugins.target(name) for name in job.targets]  # a missing back end is told before the work
-    model = load(job.model)
-    windows = calibration_windows(model, job.recipe)
+    for name in job.targets:
+        plugins.require_back_end(plugins.target(name))
+    ahead = prospect(job)
+    model, windows = ahead.source, ahead.windows
     key = key_of(model.provenance.digest, code_version("exporter"), model.provenance.steps, _fingerprint(windows))
-    expected, context = predict(model, job.recipe), context_of(model, job.context)
-    for target in chosen:  # so is a target that cannot take the result
-        refuse_wasted_bits(target, target.plan(expected, context))
     job_key = {
         "model": key,
         "recipe": job.recipe.model_dump(mode="json"),
@@ -167,6 +165,39 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
     with abandoned_on_error(workshop):
         road = _compressed(workshop, _Road(model, key, watch), job.recipe, windows)
         return _finish(workshop, road, job.targets, job.context)
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a job will make, known before the work.
+
+    Args:
+        source: The model that it begins with.
+        windows: Calibration text, [windows, length], or None where no step wants any.
+        model: What the recipe will make of it, in shapes.
+        plans: What each target will store.
+    """
+
+    source: Model
+    windows: Tensor | None
+    model: Model
+    plans: Mapping[str, plugins.Plan]
+
+
+def prospect(job: Job) -> Prospect:
+    """Look ahead: everything that is wrong with a job is told here, before the work.
+
+    Raises:
+        PocketError: the model, text, recipe or context cannot be used, or a target cannot take the result.
+    """
+    source = load(job.model)
+    windows = calibration_windows(source, job.recipe)
+    model, context = predict(source, job.recipe), context_of(source, job.context)
+    targets = {name: plugins.target(name) for name in job.targets}
+    plans = {name: target.plan(model, context) for name, target in targets.items()}
+    for name, plan in plans.items():
+        refuse_wasted_bits(targets[name], plan)
+    return Prospect(source, windows, model, plans)
 
 
 def refuse_wasted_bits(target: plugins.Target, plan: plugins.Plan) -> None:
@@ -213,9 +244,14 @@ def read_text(text: Path) -> str:
         raise CheckpointError(f"{text} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def wants_text(recipe: Recipe) -> bool:
+    """Whether a step of a recipe is calibrated."""
+    return any(methods.needs_calibration(step) for step in recipe.steps)
+
+
 def calibration_windows(model: Model, recipe: Recipe) -> Tensor | None:
     """Windows of tokens [windows, length] for the steps that want them, or None."""
-    if not any(methods.needs_calibration(step) for step in recipe.steps):
+    if not wants_text(recipe):
         return None
     asked = recipe.calibration
     length = min(asked.length, model.architecture.positions)

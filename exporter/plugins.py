@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -73,11 +74,13 @@ class Target(Protocol):
     Attributes:
         name: As users type it, e.g. `coreml-ios`.
         extra: The pip extra that brings its back end.
+        modules: Import packages of its back end.
         runs_here: Whether its runtime exists on this machine, so that `session` works.
     """
 
     name: str
     extra: str
+    modules: tuple[str, ...]
     runs_here: bool
 
     def plan(self, model: Model, context: int) -> Plan:
@@ -216,6 +219,17 @@ def target(name: str) -> Target:
     return cast(Target, _load(TARGETS, "target", name))
 
 
+def require_back_end(target: Target) -> None:
+    """Refuse a target that plans without its back end but could not lower; imports nothing.
+
+    Raises:
+        BackendMissingError: a package of its back end is not installed.
+    """
+    for module in target.modules:
+        if find_spec(module) is None:
+            raise BackendMissingError(f"target {target.name}", module, target.extra)
+
+
 def phone(name: str) -> Phone:
     """Load a phone: `host`, later `adb:SERIAL` and emulated ones.
 
@@ -232,6 +246,4 @@ def _load(group: str, noun: str, name: str) -> object:
     try:
         return points[name].load()
     except ModuleNotFoundError as error:
-        extra = name.split("-")[0]
-        hint = f"pip install 'pocket-exporter[{extra}]'"
-        raise BackendMissingError(f"{noun} {name} needs {error.name}, which is not installed; {hint}") from None
+        raise BackendMissingError(f"{noun} {name}", error.name, name.split("-")[0]) from None

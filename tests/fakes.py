@@ -30,6 +30,7 @@ class FakeTarget:
     """A target whose runtime is torch: it takes every tree as it is."""
 
     extra = "fake"
+    modules = ("torch",)
 
     def __init__(self, name: str = "fake", runs_here: bool = True) -> None:
         self.name, self.runs_here = name, runs_here

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporter import compress as methods
 from exporter import pipeline, plugins, store
 from exporter import recipe as recipes
 from exporter.checking import Outcome
@@ -108,19 +107,14 @@ def _recipe(path: Path | None, calibration: Path | None) -> Recipe:
 
 def _note_text(job: Job) -> None:
     """Say so where a model is calibrated on text that is hardly its own kind."""
-    wants_text = any(methods.needs_calibration(step) for step in job.recipe.steps)
-    if wants_text and job.recipe.calibration.text is None and job.model != pipeline.BUILTIN:
+    if pipeline.wants_text(job.recipe) and job.recipe.calibration.text is None and job.model != pipeline.BUILTIN:
         print_note("calibrating on the sample that ships, Python code; give the model's kind of text by --calibration")
 
 
 def _print_plan(job: Job, as_json: bool) -> None:
     """What a job would do: its steps, and per target the predicted bytes and folds."""
-    source = pipeline.load(job.model)
-    pipeline.calibration_windows(source, job.recipe)  # so that a text that is too short is told now
-    model = pipeline.predict(source, job.recipe)
-    plans = {name: plugins.target(name).plan(model, pipeline.context_of(source, job.context)) for name in job.targets}
-    for name, plan in plans.items():
-        pipeline.refuse_wasted_bits(plugins.target(name), plan)
+    ahead = pipeline.prospect(job)
+    source, model, plans = ahead.source, ahead.model, ahead.plans
     steps = [pipeline.step_name(step) for step in job.recipe.steps]
     if as_json:
         print_json({"steps": steps, "parameters": model.parameters, "source_parameters": source.parameters,

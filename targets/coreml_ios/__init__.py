@@ -21,6 +21,7 @@ class CoreMLTarget:
 
     name = "coreml-ios"
     extra = "coreml"
+    modules = ("coremltools",)
     runs_here = False
 
     def plan(self, model: Model, context: int) -> Plan:

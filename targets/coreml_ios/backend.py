@@ -20,8 +20,7 @@ try:
         from coremltools.converters.mil.mil import get_new_symbol, types
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 except ModuleNotFoundError as error:
-    hint = "pip install 'pocket-exporter[coreml]'"
-    raise BackendMissingError(f"target coreml-ios needs {error.name}, which is not installed; {hint}") from None
+    raise BackendMissingError("target coreml-ios", error.name, "coreml") from None
 
 __all__ = ["DecodeError", "ct", "get_new_symbol", "mb", "proto", "quiet", "types"]
 

@@ -22,6 +22,7 @@ class ExecutorchAndroid:
 
     name = "executorch-android"
     extra = "executorch"
+    modules = ("executorch",)
     runs_here = True
 
     def plan(self, model: Model, context: int) -> Plan:
@@ -62,10 +63,7 @@ def _load(name: str) -> ModuleType:
         with noise.silenced(), noise.muted():
             return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
-        hint = f"pip install 'pocket-exporter[{ExecutorchAndroid.extra}]'"
-        raise BackendMissingError(
-            f"target {ExecutorchAndroid.name} needs {error.name}, which is not installed; {hint}"
-        ) from None
+        raise BackendMissingError(f"target {ExecutorchAndroid.name}", error.name, ExecutorchAndroid.extra) from None
 
 
 TARGET = ExecutorchAndroid()

@@ -17,6 +17,7 @@ class OnnxRuntimeMobile:
 
     name = "onnxruntime-mobile"
     extra = "onnxruntime"
+    modules = ("onnx", "onnx_ir", "onnxruntime")
     runs_here = True
 
     def plan(self, model: Model, context: int) -> Plan:

@@ -200,13 +200,15 @@ def test_a_full_disk_is_told_in_one_line(pocket: Pocket, small_disk: Path) -> No
     [("onnx_ir", "onnxruntime-mobile"), ("executorch", "executorch-android"), ("coremltools", "coreml-ios")],
 )
 def test_a_missing_back_end_exits_with_4_and_names_its_extra(module: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("steps: [{kind: quantize, algorithm: rtn}]")
     code = f"import sys; sys.modules[{module!r}] = None; from exporter.cli import main; main()"
-    words = ["export", "builtin", "--target", target, "-o", str(tmp_path / "out")]
+    words = ["export", "builtin", "-r", str(tmp_path / "recipe.yaml"), "-t", target, "-o", str(tmp_path / "out")]
 
     ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ})
 
     assert ran.returncode == 4, ran.stderr
     assert f"pip install 'pocket-exporter[{target.split('-')[0]}]'" in ran.stderr
+    assert "quantize" not in ran.stderr  # told before the work
     assert not (tmp_path / "out").exists()
 
 
