@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -189,11 +189,17 @@ def read_record(path: Path, kind: type[R], absent: str, largest: int = LARGEST_M
 
 def describe_file(path: Path) -> File:
     """Size and sha256 of a file, streamed."""
+    return File(bytes=path.stat().st_size, sha256=sha256_of([path]))
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """The sha256 in hexadecimal of files read one after another; streamed."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return File(bytes=path.stat().st_size, sha256=digest.hexdigest())
+    for path in paths:
+        with path.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def verify_files(folder: Path, artifact: Artifact) -> None:

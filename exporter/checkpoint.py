@@ -6,7 +6,6 @@ before anything is mapped, and every shape is checked against the config.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exporter import adapters
-from exporter.artifact import CHUNK, checked_path
+from exporter.artifact import checked_path, sha256_of
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.model import Architecture, Model, Provenance
 from exporter.weights import Dense
@@ -42,7 +41,7 @@ def load(folder: Path) -> Model:
     tensors = _once(_named(architecture, tensor) for path in paths for tensor in _tensors(path))
     weights, vectors = _sorted_out(architecture, tensors)
     parameters = sum(tensor.numel() for tensor in (*vectors.values(), *(weight.values for weight in weights.values())))
-    digest = _digest([folder / "config.json", *paths])
+    digest = sha256_of([folder / "config.json", *paths])
     name = folder.resolve().name.encode(errors="replace").decode()  # a folder's name need not be text
     provenance = Provenance(name, digest, parameters, _licence(folder))
     return Model(architecture, weights, vectors, provenance, _files(folder))
@@ -201,12 +200,3 @@ def _licence(folder: Path) -> str | None:
     with card.open(encoding="utf-8", errors="replace") as stream:
         found = re.search(r"(?m)^license:\s*([\w.+-]{1,64})\s*$", stream.read(65536))
     return found.group(1) if found else None
-
-
-def _digest(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()

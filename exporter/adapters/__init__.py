@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from exporter.errors import ArchitectureError
 from exporter.model import Architecture, Layer
-from exporter.ops import AttentionSites, MlpSites, Ops
+from exporter.ops import AttentionSites, AttentionSpec, MlpSites, Ops
 
 T = TypeVar("T")
 
@@ -90,6 +90,12 @@ def logits(adapter: Adapter, ops: Ops[T], ids: T) -> T:
     for layer in range(len(ops.model.architecture.layers)):
         x = adapter.block(ops, x, layer)
     return adapter.head(ops, x)
+
+
+def attention_spec(architecture: Architecture, layer: int) -> AttentionSpec:
+    """Widths and constants of one layer's attention, logits scaled by 1 / sqrt(head_dim)."""
+    w = architecture.layers[layer]
+    return AttentionSpec(w.heads, w.kv_heads, w.head_dim, w.value_dim, w.head_dim**-0.5, architecture.rope)
 
 
 def equal_layers(count: int, layer: Layer) -> tuple[Layer, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from exporter.adapters import Shapes, equal_layers
+from exporter.adapters import Shapes, attention_spec, equal_layers
 from exporter.adapters.config import Fields
 from exporter.errors import ArchitectureError
 from exporter.model import Architecture, Layer, Rope
-from exporter.ops import AttentionSites, AttentionSpec, MlpSites, Ops
+from exporter.ops import AttentionSites, MlpSites, Ops
 
 T = TypeVar("T")
 
@@ -46,12 +46,6 @@ def mlp_sites(layer: int) -> MlpSites:
     """Sites of one layer's MLP."""
     prefix = f"model.layers.{layer}.mlp"
     return MlpSites(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
-
-
-def attention_spec(architecture: Architecture, layer: int) -> AttentionSpec:
-    """Widths and constants of one layer's attention."""
-    w = architecture.layers[layer]
-    return AttentionSpec(w.heads, w.kv_heads, w.head_dim, w.value_dim, w.head_dim**-0.5, architecture.rope)
 
 
 def shapes(architecture: Architecture) -> Shapes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from exporter.adapters import Shapes, equal_layers
+from exporter.adapters import Shapes, attention_spec, equal_layers
 from exporter.adapters.config import Fields
 from exporter.errors import ArchitectureError
 from exporter.model import Architecture, Layer
-from exporter.ops import AttentionSites, AttentionSpec, MlpSites, Ops
+from exporter.ops import AttentionSites, MlpSites, Ops
 
 T = TypeVar("T")
 
@@ -48,12 +48,6 @@ def attention_sites(layer: int) -> AttentionSites:
 def mlp_sites(layer: int) -> MlpSites:
     """Sites of one layer's MLP."""
     return MlpSites(None, f"{ROOT}.layers.{layer}.fc1", f"{ROOT}.layers.{layer}.fc2")
-
-
-def attention_spec(architecture: Architecture, layer: int) -> AttentionSpec:
-    """Widths and constants of one layer's attention."""
-    w = architecture.layers[layer]
-    return AttentionSpec(w.heads, w.kv_heads, w.head_dim, w.value_dim, w.head_dim**-0.5, None)
 
 
 def shapes(architecture: Architecture) -> Shapes:

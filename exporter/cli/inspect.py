@@ -41,10 +41,8 @@ def check(folder: Path, model_folder: Path | None, as_json: bool) -> None:
 def run(name: str, prompt: str, new_tokens: int, as_json: bool) -> None:
     """Print the greedy text of an artifact or a model."""
     session, tokenizer, eos = _open(name)
-    tokens: list[int] = []
     asked = tokenizer.encode(prompt)
-    for token in greedy(session, asked, new_tokens, eos):
-        tokens.append(token)
+    tokens = list(greedy(session, asked, new_tokens, eos))
     text = tokenizer.decode([*asked, *tokens])
     if as_json:
         print_json({"prompt": asked, "tokens": tokens, "text": text})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import uuid
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from exporter import adapters
+from exporter.artifact import sha256_of
 from exporter.errors import OutputError
 from exporter.model import Model
 from exporter.plugins import Plan
@@ -87,6 +87,4 @@ def _manifest(path: Path) -> str:
 
 
 def _identifier(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, digest)).upper()
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, sha256_of([path]))).upper()
