@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from exporter import calibrate, checkpoint, compress
+from exporter.calibrate import Samples
 from exporter.compress.fasp import FaspConfig
 from exporter.compress.quantize import QuantizeConfig
-from exporter.compress.step import StepConfig, layer_sites
+from exporter.compress.step import UNKEPT, StepConfig, layer_sites
 from exporter.evaluate import agreement, perplexity
 from exporter.model import Model
 from exporter.session import TorchSession
@@ -125,7 +126,7 @@ class Bench:
     def _compressed(self, way: Way, windows: Tensor) -> Model:
         model = self.model
         for step in way.steps:
-            model = compress.run(model, step, windows, lambda fraction: None)
+            model = compress.run(model, step, Samples(windows), UNKEPT)
         return model
 
 

@@ -33,6 +33,7 @@ class AttentionSpec:
         head_dim, value_dim: Channels of a query or key head; of a value head.
         scale: Multiplies the logits.
         rope: Rotary embedding of queries and keys, or None.
+        causal: A token sees itself and those before it, through the cache; False: all see all, nothing is cached.
     """
 
     heads: int
@@ -41,6 +42,7 @@ class AttentionSpec:
     value_dim: int
     scale: float
     rope: Rope | None
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Ops(ABC, Generic[T]):
         """`x / sqrt(mean(x^2) + eps) * w`, over the channels, or over each of `heads` equal parts of them."""
 
     @abstractmethod
-    def layer_norm(self, x: T, site: str) -> T:
-        """`(x - mean) / sqrt(var + eps) * w + b`, over the channels."""
+    def layer_norm(self, x: T, site: str, eps: float | None = None) -> T:
+        """`(x - mean) / sqrt(var + eps) * w + b`, over the channels; without `eps`, the architecture's."""
 
     @abstractmethod
     def activation(self, x: T, name: str) -> T:

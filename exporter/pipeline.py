@@ -19,14 +19,14 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from exporter import artifact as artifacts
 from exporter import calibrate, checking, checkpoint, plugins, store, tokenizer
 from exporter import compress as methods
 from exporter import recipe as recipes
 from exporter.artifact import Artifact
+from exporter.calibrate import Samples
 from exporter.checking import Outcome
+from exporter.compress.step import Unkept
 from exporter.errors import CheckpointError, OutputError, TargetError
 from exporter.model import Model
 from exporter.recipe import Recipe
@@ -117,10 +117,10 @@ def recipe(path: str | Path) -> Recipe:
 
 def compress(model: Model, recipe: Recipe, watch: Watch | None = None) -> Model:
     """Follow a recipe, in memory."""
-    windows = calibration_windows(model, recipe)
+    samples = calibration_samples(model, recipe)
     for step in recipe.steps:
         with (watch or Unwatched()).stage(step_name(step)) as report, fitting_threads(model.parameters):
-            model = methods.run(model, step, windows, report)
+            model = methods.run(model, step, samples, Unkept(report))
     return model
 
 
@@ -153,8 +153,8 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
     for name in job.targets:
         plugins.require_back_end(plugins.target(name))
     ahead = prospect(job)
-    model, windows = ahead.source, ahead.windows
-    key = key_of(model.provenance.digest, code_version("exporter"), model.provenance.steps, _fingerprint(windows))
+    model, samples = ahead.source, ahead.samples
+    key = key_of(model.provenance.digest, code_version("exporter"), model.provenance.steps, _fingerprint(samples))
     job_key = {
         "model": key,
         "recipe": job.recipe.model_dump(mode="json"),
@@ -163,7 +163,7 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
     }
     workshop = Workshop(job.out, job_key)
     with abandoned_on_error(workshop):
-        road = _compressed(workshop, _Road(model, key, watch), job.recipe, windows)
+        road = _compressed(workshop, _Road(model, key, watch), job.recipe, samples)
         return _finish(workshop, road, job.targets, job.context)
 
 
@@ -173,13 +173,13 @@ class Prospect:
 
     Args:
         source: The model that it begins with.
-        windows: Calibration text, [windows, length], or None where no step wants any.
+        samples: Calibration text, or None where no step wants any.
         model: What the recipe will make of it, in shapes.
         plans: What each target will store.
     """
 
     source: Model
-    windows: Tensor | None
+    samples: Samples | None
     model: Model
     plans: Mapping[str, plugins.Plan]
 
@@ -191,13 +191,13 @@ def prospect(job: Job) -> Prospect:
         PocketError: the model, text, recipe or context cannot be used, or a target cannot take the result.
     """
     source = load(job.model)
-    windows = calibration_windows(source, job.recipe)
+    samples = calibration_samples(source, job.recipe)
     model, context = predict(source, job.recipe), context_of(source, job.context)
     targets = {name: plugins.target(name) for name in job.targets}
     plans = {name: target.plan(model, context) for name, target in targets.items()}
     for name, plan in plans.items():
         refuse_wasted_bits(targets[name], plan)
-    return Prospect(source, windows, model, plans)
+    return Prospect(source, samples, model, plans)
 
 
 def refuse_wasted_bits(target: plugins.Target, plan: plugins.Plan) -> None:
@@ -249,15 +249,15 @@ def wants_text(recipe: Recipe) -> bool:
     return any(methods.needs_calibration(step) for step in recipe.steps)
 
 
-def calibration_windows(model: Model, recipe: Recipe) -> Tensor | None:
-    """Windows of tokens [windows, length] for the steps that want them, or None."""
+def calibration_samples(model: Model, recipe: Recipe) -> Samples | None:
+    """Windows of tokens for the steps that want them, or None."""
     if not wants_text(recipe):
         return None
-    asked = recipe.calibration
+    asked, bos = recipe.calibration, model.architecture.bos
     length = min(asked.length, model.architecture.positions)
     text = read_text(SAMPLE if asked.text is None else Path(asked.text))
-    tokens = tokenizer_of(model).encode_plain(text)
-    return calibrate.windows(tokens, asked.windows, length, asked.seed, model.architecture.bos)
+    tokens, validation = calibrate.split(tokenizer_of(model).encode_plain(text), asked.validation, length, bos)
+    return Samples(calibrate.windows(tokens, asked.windows, length, asked.seed, bos), validation=validation)
 
 
 def step_name(step: Any) -> str:
@@ -277,20 +277,20 @@ class _Road:
     saved: Path | None = None
 
 
-def _compressed(workshop: Workshop, road: _Road, recipe: Recipe, windows: Tensor | None) -> _Road:
+def _compressed(workshop: Workshop, road: _Road, recipe: Recipe, samples: Samples | None) -> _Road:
     """Follow a recipe, a stage per step."""
     for index, step in enumerate(recipe.steps):
         key = key_of(road.key, step.model_dump(mode="json"))
-        folder, was_there = workshop.stage(f"step{index}-{step.kind}", key, partial(_make_step, road, step, windows))
+        folder, was_there = workshop.stage(f"step{index}-{step.kind}", key, partial(_make_step, road, step, samples))
         if was_there:
             road.watch.found(step_name(step))
         road = _Road(store.load(folder), key, road.watch, folder)  # as saved: a resumed run sees the same numbers
     return road
 
 
-def _make_step(road: _Road, step: Any, windows: Tensor | None, folder: Path) -> None:
+def _make_step(road: _Road, step: Any, samples: Samples | None, folder: Path) -> None:
     with road.watch.stage(step_name(step)) as report, fitting_threads(road.model.parameters):
-        store.save(methods.run(road.model, step, windows, report), folder)
+        store.save(methods.run(road.model, step, samples, Unkept(report)), folder)
 
 
 def _finish(workshop: Workshop, road: _Road, targets: Sequence[str], context: int | None) -> list[Outcome]:
@@ -337,8 +337,9 @@ def lower(model: Model, target: plugins.Target, folder: Path, context: int) -> A
     return made
 
 
-def _fingerprint(windows: Tensor | None) -> str | None:
-    return None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+def _fingerprint(samples: Samples | None) -> list[str | None]:
+    tensors = () if samples is None else (samples.ids, samples.pixels, samples.validation)
+    return [None if t is None else hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in tensors]
 
 
 def all_stages(recipe: Recipe, targets: Sequence[str]) -> Iterator[str]:

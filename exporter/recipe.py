@@ -40,13 +40,15 @@ class CalibrationText(Record):
     """The text that calibrated steps see.
 
     `text` is a file, relative to the recipe's folder; without it, the sample that ships with the built-in model.
-    `windows` pieces of `length` tokens are drawn from it at places that `seed` decides.
+    `windows` pieces of `length` tokens are drawn from it at places that `seed` decides. Steps that search want
+    `validation` pieces too: they are cut off the end of the text first.
     """
 
     text: str | None = None
     windows: Annotated[int, Field(ge=1, le=100_000)] = 64
     length: Annotated[int, Field(ge=2, le=131_072)] = 256
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    validation: Annotated[int, Field(ge=0, le=100_000)] = 0
 
 
 class Recipe(Record):

@@ -75,9 +75,9 @@ class TorchOps(Ops[Tensor]):
         scale = torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + self.model.architecture.norm_eps)
         return (parts * scale * self.tensor(f"{site}.weight")).flatten(-2)
 
-    def layer_norm(self, x: Tensor, site: str) -> Tensor:
+    def layer_norm(self, x: Tensor, site: str, eps: float | None = None) -> Tensor:
         weight, bias = self.tensor(f"{site}.weight"), self.tensor(f"{site}.bias")
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.model.architecture.norm_eps)
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.model.architecture.norm_eps if eps is None else eps)
 
     def activation(self, x: Tensor, name: str) -> Tensor:
         return ACTIVATIONS[name](x)
@@ -93,12 +93,16 @@ class TorchOps(Ops[Tensor]):
 
     def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int, spec: AttentionSpec) -> Tensor:
         q, k = self.rotate(heads_first(q, spec.heads), spec), self.rotate(heads_first(k, spec.kv_heads), spec)
-        k, v = self._append(layer, k, heads_first(v, spec.kv_heads))  # [batch, kv_heads, past + tokens, dim]
+        v = heads_first(v, spec.kv_heads)
+        if spec.causal:
+            k, v = self._append(layer, k, v)  # [batch, kv_heads, past + tokens, dim]
         groups = spec.heads // spec.kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         logits = q @ k.transpose(-1, -2) * spec.scale  # [batch, heads, tokens, past + tokens]
-        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=self.device).triu(self._start + 1)
-        weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+        if spec.causal:
+            future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=self.device).triu(self._start + 1)
+            logits = logits.masked_fill(future, -torch.inf)
+        weights = logits.softmax(-1)
         return (weights @ v).transpose(1, 2).flatten(-2)
 
     def rotate(self, x: Tensor, spec: AttentionSpec) -> Tensor:

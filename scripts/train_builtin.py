@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 BOS, EOS = "<s>", "</s>"
@@ -238,7 +238,7 @@ def rate_at(step: int, plan: Plan) -> float:
     return plan.peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def build_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+def build_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """Return AdamW that decays matrices only."""
     weights = list(model.parameters())
     groups = [
@@ -248,14 +248,14 @@ def build_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-def window_loss(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
+def window_loss(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     """Return the mean loss of every token after BOS."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 def train_step(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     optimizer: torch.optim.AdamW,
     windows: torch.Tensor,
     rate: float,
@@ -272,9 +272,9 @@ def train_step(
     return loss.item()
 
 
-def save_model(model: LlamaForCausalLM, out: Path) -> None:
+def save_model(model: PreTrainedModel, out: Path) -> None:
     """Write the weights rounded to bfloat16, and both configs."""
-    rounded = LlamaForCausalLM(model.config).bfloat16()
+    rounded = type(model)(model.config).bfloat16()
     rounded.load_state_dict(model.state_dict())
     rounded.config.dtype = torch.bfloat16
     ends = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
@@ -286,7 +286,7 @@ def save_model(model: LlamaForCausalLM, out: Path) -> None:
 def measure(out: Path, held_out: Texts) -> float:
     """Return the saved model's perplexity per token on held-out text, in windows that do not overlap."""
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     stream = to_stream(tokenizer, held_out)
     starts = list(range(0, len(stream) - WINDOW + 2, WINDOW - 1))
     total = 0.0
@@ -305,7 +305,7 @@ def report(step: int, loss: float, began: float, plan: Plan) -> None:
     print(f"{line} spent {spent / 60:.1f} min left {left / 60:.1f} min", flush=True)
 
 
-def fit(model: LlamaForCausalLM, stream: torch.Tensor, starts: Iterator[int], plan: Plan) -> None:
+def fit(model: PreTrainedModel, stream: torch.Tensor, starts: Iterator[int], plan: Plan) -> None:
     """Train for the planned steps, saving now and then."""
     optimizer, began, smooth = build_optimizer(model), time.monotonic(), 0.0
     saved = began
@@ -380,10 +380,8 @@ def prepare(out: Path) -> tuple[Split, Tokenizer]:
     return split, tokenizer
 
 
-def train(tokenizer: Tokenizer, stream: torch.Tensor, plan: Plan) -> None:
-    """Train a fresh model from the seed and save it."""
-    torch.manual_seed(plan.seed)
-    model = LlamaForCausalLM(build_config(tokenizer))
+def train(model: PreTrainedModel, tokenizer: Tokenizer, stream: torch.Tensor, plan: Plan) -> None:
+    """Train a fresh model and save it."""
     print(f"parameters: {model.num_parameters()}", flush=True)
     starts = endless_starts(line_starts(tokenizer, stream), len(stream), plan.seed)
     fit(model, stream, starts, plan)
@@ -396,7 +394,9 @@ def main() -> None:
     split, tokenizer = prepare(options.out)
     stream = to_stream(tokenizer, split.train)
     print_data(split, stream)
-    train(tokenizer, stream, make_plan(options, build_config(tokenizer)))
+    plan = make_plan(options, build_config(tokenizer))
+    torch.manual_seed(plan.seed)
+    train(LlamaForCausalLM(build_config(tokenizer)), tokenizer, stream, plan)
     perplexity = measure(options.out, split.held_out)
     print(f"held-out perplexity {perplexity:.3f}, {VOCAB / perplexity:.1f} times under uniform")
 

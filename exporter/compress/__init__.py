@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import Tensor
-
+from exporter.calibrate import Samples
 from exporter.compress import fasp, quantize
-from exporter.compress.step import Method, Report
+from exporter.compress.step import Journal, Method
 from exporter.errors import RecipeError
 from exporter.model import Model
 
@@ -30,13 +29,13 @@ def find(kind: str) -> Method:
 
 
 def needs_calibration(step: Any) -> bool:
-    """Whether a step wants windows of text."""
+    """Whether a step wants calibration samples."""
     return find(step.kind).needs_calibration(step)
 
 
-def run(model: Model, step: Any, windows: Tensor | None, report: Report) -> Model:
+def run(model: Model, step: Any, samples: Samples | None, journal: Journal) -> Model:
     """Follow one step of a recipe; see `step.Method.run`."""
-    return find(step.kind).run(model, step, windows, report)
+    return find(step.kind).run(model, step, samples, journal)
 
 
 def predict(model: Model, step: Any) -> Model:

@@ -18,8 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from exporter import adapters
-from exporter.calibrate import Calibration
-from exporter.compress.step import Report, StepConfig, layer_sites
+from exporter.calibrate import Calibration, Samples
+from exporter.compress.step import Journal, StepConfig, layer_sites
+from exporter.compress.walk import walk
 from exporter.errors import RecipeError
 from exporter.maths.channels import column_scores, restored, strongest
 from exporter.model import Layer, Model
@@ -51,17 +52,15 @@ def needs_calibration(config: FaspConfig) -> bool:
     return config.sparsity > 0 and (config.scores == "wanda" or config.restore)
 
 
-def run(model: Model, config: FaspConfig, windows: Tensor | None, report: Report) -> Model:
+def run(model: Model, config: FaspConfig, samples: Samples | None, journal: Journal) -> Model:
     """Prune layer after layer: attention first, then the MLP with what the restored attention gives it."""
     widths = pruned_widths(model, config)
-    calibration = _calibration(model, config, windows)
-    for index, layer in enumerate(widths):
-        model = _prune_values(model, index, layer.value_dim, config, calibration)
-        model = _prune_mlp(model, index, layer.mlp, config, calibration)
-        if calibration is not None:
-            calibration.advance(model, index)
-        report((index + 1) / len(widths))
-    return model.with_step(config.model_dump(mode="json"))
+
+    def block(model: Model, index: int, calibration: Calibration | None) -> Model:
+        model = _prune_values(model, index, widths[index].value_dim, config, calibration)
+        return _prune_mlp(model, index, widths[index].mlp, config, calibration)
+
+    return walk(model, _wanted(config, samples), block, journal).with_step(config.model_dump(mode="json"))
 
 
 def predict(model: Model, config: FaspConfig) -> Model:
@@ -154,12 +153,12 @@ def _pruned_layer(layer: Layer, share: float, multiple: int) -> Layer:
     return replace(layer, value_dim=value_dim, mlp=kept_width(layer.mlp, share, multiple))
 
 
-def _calibration(model: Model, config: FaspConfig, windows: Tensor | None) -> Calibration | None:
+def _wanted(config: FaspConfig, samples: Samples | None) -> Samples | None:
     if not needs_calibration(config):
         return None
-    if windows is None:
+    if samples is None:
         raise RecipeError("fasp: scores and restoration want calibration text; give it, or magnitude without restore")
-    return Calibration(model, windows)
+    return samples
 
 
 def _prune_values(model: Model, index: int, keep: int, config: FaspConfig, calibration: Calibration | None) -> Model:
@@ -168,8 +167,10 @@ def _prune_values(model: Model, index: int, keep: int, config: FaspConfig, calib
         return model
     sites = adapters.find(model.architecture.family).attention_sites(index)
     model = _bias_moved(model, index)
-    gram = None if calibration is None else calibration.gram(model, index, [sites.o])[sites.o]
+    gram = None if calibration is None else calibration.gram(model, index, [sites.o], hold=True)[sites.o]
     rows, columns = value_channels(_scores(model, sites.o, gram, config), layer, keep)
+    if calibration is not None:
+        calibration.narrow(sites.o, columns)
     model = _with_columns(_with_rows(model, sites.v, rows), sites.o, columns, gram, config)
     return model.with_layer(index, replace(layer, value_dim=keep))
 
@@ -179,8 +180,10 @@ def _prune_mlp(model: Model, index: int, keep: int, config: FaspConfig, calibrat
     if keep == layer.mlp:
         return model
     sites = adapters.find(model.architecture.family).mlp_sites(index)
-    gram = None if calibration is None else calibration.gram(model, index, [sites.down])[sites.down]
+    gram = None if calibration is None else calibration.gram(model, index, [sites.down], hold=True)[sites.down]
     kept = strongest(_scores(model, sites.down, gram, config), keep)
+    if calibration is not None:
+        calibration.narrow(sites.down, kept)
     for site in (sites.up,) if sites.gate is None else (sites.gate, sites.up):
         model = _with_rows(model, site, kept)
     model = _with_columns(model, sites.down, kept, gram, config)

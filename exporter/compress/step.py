@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from exporter import adapters
+from exporter.calibrate import Samples
 from exporter.model import Model
-
-Report = Callable[[float], None]  # takes the fraction that is done
 
 
 class StepConfig(BaseModel):
@@ -20,26 +20,69 @@ class StepConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Journal(Protocol):
+    """Where a step says how far it is, and keeps what it has finished.
+
+    Attributes:
+        device: Where the work is done: `cpu` or `cuda`.
+        scratch: A folder that outlives a kill and is gone when the step is done, or None.
+    """
+
+    device: str
+    scratch: Path | None
+
+    def report(self, fraction: float) -> None:
+        """Say how much of the step is done."""
+
+    def resume(self, model: Model) -> tuple[Model, int, Sequence[Tensor]]:
+        """The model with the layers that an earlier run finished, their number, and the activations behind them."""
+
+    def keep(self, before: Model, after: Model, layer: int, activations: Sequence[Tensor]) -> Model:
+        """Keep what one layer changed, and the activations behind it; returns the same model, maybe out of memory."""
+
+
+class Unkept:
+    """A journal that keeps nothing.
+
+    Args:
+        report: Told the fraction done.
+        device: Where the work is done.
+    """
+
+    def __init__(self, report: Callable[[float], None] = lambda fraction: None, device: str = "cpu") -> None:
+        self.report, self.device = report, device
+        self.scratch: Path | None = None
+
+    def resume(self, model: Model) -> tuple[Model, int, Sequence[Tensor]]:
+        return model, 0, ()
+
+    def keep(self, before: Model, after: Model, layer: int, activations: Sequence[Tensor]) -> Model:
+        return after
+
+
+UNKEPT = Unkept()
+
+
 class Method(Protocol):
     """A method. Methods are modules; these are their functions. `config` is the method's own StepConfig."""
 
     def needs_calibration(self, config: Any) -> bool:
-        """Whether `run` wants windows of text."""
+        """Whether `run` wants samples."""
 
-    def run(self, model: Model, config: Any, windows: Tensor | None, report: Report) -> Model:
+    def run(self, model: Model, config: Any, samples: Samples | None, journal: Journal) -> Model:
         """Compress a model.
 
         Args:
             model: Stays as it is.
             config: What to do.
-            windows: Calibration text, [windows, length], token ids; None where none is needed.
-            report: Told the fraction done.
+            samples: Calibration text; None where none is needed.
+            journal: Told the fraction done; keeps finished layers.
 
         Returns:
             The compressed model, with the config as one more step of its provenance.
 
         Raises:
-            RecipeError: the config does not fit the model, or windows are missing.
+            RecipeError: the config does not fit the model, or samples are missing.
         """
 
     def predict(self, model: Model, config: Any) -> Model:
@@ -52,3 +95,9 @@ def layer_sites(model: Model, layer: int) -> tuple[str, ...]:
     attention, mlp = adapter.attention_sites(layer), adapter.mlp_sites(layer)
     gate = () if mlp.gate is None else (mlp.gate,)
     return attention.q, attention.k, attention.v, attention.o, *gate, mlp.up, mlp.down
+
+
+def token_tables(model: Model) -> list[str]:
+    """Token embedding and, where it is not tied, head."""
+    adapter = adapters.find(model.architecture.family)
+    return [adapter.EMBEDDING] if model.architecture.tied else [adapter.EMBEDDING, adapter.HEAD]

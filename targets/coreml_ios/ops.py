@@ -177,9 +177,9 @@ class CoreMLOps(Ops[Var]):
         normed = mb.mul(x=mb.mul(x=split, y=scale), y=weight)
         return normed if heads == 1 else mb.reshape(x=normed, shape=[1, -1, channels])
 
-    def layer_norm(self, x: Var, site: str) -> Var:
+    def layer_norm(self, x: Var, site: str, eps: float | None = None) -> Var:
         weight, bias = self.tensor(f"{site}.weight"), self.tensor(f"{site}.bias")
-        epsilon = np.float16(self.model.architecture.norm_eps)
+        epsilon = np.float16(self.model.architecture.norm_eps if eps is None else eps)
         return mb.layer_norm(x=x, axes=[-1], gamma=weight, beta=bias, epsilon=epsilon)
 
     def activation(self, x: Var, name: str) -> Var:

@@ -167,9 +167,10 @@ class ExportOps(TorchOps):
         normed = parts * scale * self.tensor(f"{site}.weight")
         return normed.view(1, -1, x.shape[-1]) if heads > 1 else normed
 
-    def layer_norm(self, x: Tensor, site: str) -> Tensor:
+    def layer_norm(self, x: Tensor, site: str, eps: float | None = None) -> Tensor:
         centred = x - self._mean(x)
-        scale = torch.rsqrt(self._mean(centred * centred, self.model.architecture.norm_eps))
+        eps = self.model.architecture.norm_eps if eps is None else eps
+        scale = torch.rsqrt(self._mean(centred * centred, eps))
         return centred * scale * self.tensor(f"{site}.weight") + self.tensor(f"{site}.bias")
 
     def activation(self, x: Tensor, name: str) -> Tensor:

@@ -152,7 +152,7 @@ class GraphOps(Ops[ir.Value]):
             return self._join(self._norm("SimplifiedLayerNormalization", parts, [f"{site}.weight"], site))
         return self._maybe_skip("SimplifiedLayerNormalization", x, [f"{site}.weight"], site)
 
-    def layer_norm(self, x: ir.Value, site: str) -> ir.Value:
+    def layer_norm(self, x: ir.Value, site: str, eps: float | None = None) -> ir.Value:
         return self._maybe_skip("LayerNormalization", x, [f"{site}.weight", f"{site}.bias"], site)
 
     def activation(self, x: ir.Value, name: str) -> ir.Value:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exporter import adapters
-from exporter.calibrate import Calibration, windows
+from exporter.calibrate import Calibration, Samples, block_influence, split, windows
 from exporter.compress.step import layer_sites
 from exporter.errors import RecipeError
 from exporter.model import Architecture, Layer, Model
@@ -55,7 +55,7 @@ def test_grams_of_every_layer_are_those_of_the_whole_model(architecture: Archite
     model = random_model(architecture)
     ids = text(model)
     expected = slow_grams(model, ids)
-    walk = Calibration(model, ids, batch=batch, dtype=torch.float64)
+    walk = Calibration(model, Samples(ids), batch=batch, dtype=torch.float64)
     for layer in range(len(architecture.layers)):
         sites = layer_sites(model, layer)
         grams = walk.gram(model, layer, sites)
@@ -68,7 +68,7 @@ def test_grams_of_every_layer_are_those_of_the_whole_model(architecture: Archite
 def test_sums_are_float64_where_activations_are_float32() -> None:
     model = random_model(ARCHITECTURES[0])
     ids, site = text(model), layer_sites(model, 0)[0]
-    found = Calibration(model, ids).gram(model, 0, [site])[site]
+    found = Calibration(model, Samples(ids)).gram(model, 0, [site])[site]
     assert found.dtype == torch.float64
     assert torch.allclose(found, slow_grams(model, ids)[site], rtol=1e-4, atol=1e-4)
 
@@ -76,7 +76,7 @@ def test_sums_are_float64_where_activations_are_float32() -> None:
 def test_sites_of_one_input_share_one_sum() -> None:
     model = random_model(ARCHITECTURES[0])
     q, k, v, o, gate, up, down = layer_sites(model, 0)
-    grams = Calibration(model, text(model)).gram(model, 0, [q, k, v, o, gate, up, down])
+    grams = Calibration(model, Samples(text(model))).gram(model, 0, [q, k, v, o, gate, up, down])
     assert grams[q] is grams[k] is grams[v]
     assert grams[gate] is grams[up]
     assert len({id(gram) for gram in grams.values()}) == 4
@@ -85,13 +85,13 @@ def test_sites_of_one_input_share_one_sum() -> None:
 def test_only_the_sites_asked_for_are_summed() -> None:
     model = random_model(ARCHITECTURES[0])
     _, _, v, o, *_ = layer_sites(model, 0)
-    assert list(Calibration(model, text(model)).gram(model, 0, [v, o])) == [v, o]
+    assert list(Calibration(model, Samples(text(model))).gram(model, 0, [v, o])) == [v, o]
 
 
 def test_a_gram_follows_the_model_as_it_is_now() -> None:
     model = random_model(ARCHITECTURES[0], optional=())
     down = layer_sites(model, 0)[-1]
-    walk = Calibration(model, text(model))
+    walk = Calibration(model, Samples(text(model)))
     before = walk.gram(model, 0, [down])[down]
     changed = model.with_weights({"model.layers.0.mlp.up_proj": Dense(torch.zeros(96, 64))})
     assert float(before.norm()) > 0
@@ -100,7 +100,7 @@ def test_a_gram_follows_the_model_as_it_is_now() -> None:
 
 def test_layers_are_walked_in_order() -> None:
     model = random_model(ARCHITECTURES[0])
-    walk = Calibration(model, text(model))
+    walk = Calibration(model, Samples(text(model)))
     with pytest.raises(ValueError, match="stand before layer 0, not before layer 1"):
         walk.gram(model, 1, [])
     walk.advance(model, 0)
@@ -111,9 +111,9 @@ def test_layers_are_walked_in_order() -> None:
 def test_windows_that_do_not_fit_the_model_are_refused() -> None:
     model = random_model(ARCHITECTURES[0])
     with pytest.raises(RecipeError, match="windows have 65 tokens; the model's context is 64"):
-        Calibration(model, text(model, length=65))
+        Calibration(model, Samples(text(model, length=65)))
     with pytest.raises(RecipeError, match="tokens run from 0 to 96; the model has 96"):
-        Calibration(model, torch.tensor([[0, 96]]))
+        Calibration(model, Samples(torch.tensor([[0, 96]])))
 
 
 def test_activations_that_overflow_are_told_with_their_layer() -> None:
@@ -122,7 +122,7 @@ def test_activations_that_overflow_are_told_with_their_layer() -> None:
     model = model.with_weights({up: Dense(model.weights[up].dense() * 1e38)})
     down = layer_sites(model, 0)[-1]
     with pytest.raises(RecipeError, match="activations of layer 0 are not finite"):
-        Calibration(model, text(model)).gram(model, 0, [down])
+        Calibration(model, Samples(text(model))).gram(model, 0, [down])
 
 
 # ---- windows -----------------------------------------------------------------------------------------------------
@@ -164,3 +164,78 @@ def test_windows_that_calibrate_nothing_are_refused(count: int, length: int) -> 
 def test_windows_that_no_memory_holds_and_seeds_that_are_none_are_refused(count: int, seed: int, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         windows(range(100), count, 16, seed, None)
+
+
+@FAMILIES
+def test_a_pass_that_begins_at_held_inputs_gives_what_a_whole_pass_gives(architecture: Architecture) -> None:
+    model = random_model(architecture)
+    whole, held = (Calibration(model, Samples(text(model)), batch=2, dtype=torch.float64) for _ in range(2))
+    for layer in range(len(architecture.layers)):
+        *_, o, _up, down = (site for site in layer_sites(model, layer) if "gate" not in site)
+        for site in (o, down):
+            found, expected = held.gram(model, layer, [site], hold=True), whole.gram(model, layer, [site])
+            assert torch.equal(found[site], expected[site])
+        held.advance(model, layer)
+        whole.advance(model, layer)
+        assert all(torch.equal(x, y) for x, y in zip(held.activations, whole.activations))
+
+
+def test_held_inputs_are_narrowed_with_the_matrix_that_reads_them() -> None:
+    model, layer = random_model(ARCHITECTURES[0]), 0
+    down = layer_sites(model, layer)[-1]
+    kept = torch.arange(0, 96, 2)
+    calibration = Calibration(model, Samples(text(model)), dtype=torch.float64)
+    calibration.gram(model, layer, [down], hold=True)
+    calibration.narrow(down, kept)
+    values = model.weights[down].dense()
+    calibration.advance(model.with_weights({down: Dense(values[:, kept])}), layer)
+
+    masked = torch.zeros_like(values).index_copy(1, kept, values[:, kept])
+    expected = Calibration(model, Samples(text(model)), dtype=torch.float64)
+    expected.advance(model.with_weights({down: Dense(masked)}), layer)
+    assert torch.allclose(calibration.activations[0], expected.activations[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_resumed_walk_stands_where_the_first_one_stood() -> None:
+    model = random_model(ARCHITECTURES[0])
+    first = Calibration(model, Samples(text(model)))
+    first.advance(model, 0)
+    again = Calibration(model, Samples(text(model)), resumed=(1, first.activations))
+    site = layer_sites(model, 1)[0]
+    assert torch.equal(again.gram(model, 1, [site])[site], first.gram(model, 1, [site])[site])
+
+
+@FAMILIES
+def test_block_influence_is_one_minus_the_cosine_of_what_comes_and_what_goes(architecture: Architecture) -> None:
+    model = random_model(architecture)
+    found = block_influence(model, Samples(text(model)))
+    adapter, ops = adapters.find(architecture.family), TorchOps(model, torch.float64)
+    expected = torch.zeros(len(architecture.layers), dtype=torch.float64)
+    for window in text(model):
+        ops.reset()
+        ops.begin()
+        x = adapter.embed(ops, window[None])
+        for layer in range(len(expected)):
+            y = adapter.block(ops, x, layer)
+            cosines = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+            expected[layer] += (1 - cosines).mean() / len(text(model))
+            x = y
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_validation_windows_are_the_end_of_the_text_and_calibration_never_sees_them(bos: int | None) -> None:
+    tokens = list(range(100, 200))
+    rest, validation = split(tokens, 3, 10, bos)
+    assert validation is not None
+    assert validation.shape == (3, 10)
+    body = validation if bos is None else validation[:, 1:]
+    assert [*rest, *body.flatten().tolist()] == tokens
+    assert bos is None or bool((validation[:, 0] == bos).all())
+    assert split(tokens, 0, 10, bos) == (tokens, None)
+
+
+def test_a_text_too_short_for_validation_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"the text has 100 tokens; 10 validation windows .* need 110"):
+        split(list(range(100)), 10, 10, None)

@@ -17,6 +17,7 @@ from exporter import checkpoint
 from exporter.artifact import Budget, to_json
 from exporter.compress import run
 from exporter.compress.quantize import QuantizeConfig
+from exporter.compress.step import UNKEPT
 from exporter.errors import CheckFailedError, PocketError
 from exporter.evaluate import Comparison, agreement, compare, golden, perplexity
 from exporter.model import Layer, Model
@@ -30,7 +31,7 @@ MODEL = random_model(replace(LLAMA, layers=(Layer(4, 2, 16, 16, 96),) * 2))
 
 
 def rounded(bits: int) -> Model:
-    return run(MODEL, QuantizeConfig(algorithm="rtn", bits=bits), None, lambda fraction: None)
+    return run(MODEL, QuantizeConfig(algorithm="rtn", bits=bits), None, UNKEPT)
 
 
 class Table:

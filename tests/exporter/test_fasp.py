@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from exporter import adapters, calibrate, checkpoint, evaluate
+from exporter.calibrate import Samples
 from exporter.compress import fasp, find, run
 from exporter.compress.fasp import FaspConfig, kept_width, multiplier, predict, value_channels, value_multiple
+from exporter.compress.step import UNKEPT, Unkept
 from exporter.errors import RecipeError
 from exporter.model import Architecture, Layer, Model, Provenance
 from exporter.session import TorchSession
@@ -32,7 +34,7 @@ def text(count: int = 6, length: int = 32) -> Tensor:
 
 
 def pruned(model: Model, config: FaspConfig, windows: Tensor | None = None) -> Model:
-    return run(model, config, text() if windows is None else windows, lambda fraction: None)
+    return run(model, config, Samples(text() if windows is None else windows), UNKEPT)
 
 
 def values(model: Model, site: str) -> Tensor:
@@ -109,7 +111,7 @@ def test_no_sparsity_is_no_change_and_wants_no_text(architecture: Architecture) 
     config = FaspConfig(sparsity=0.0)
     assert not find("fasp").needs_calibration(config)
 
-    same = run(model, config, None, lambda fraction: None)
+    same = run(model, config, None, UNKEPT)
 
     assert same.architecture == model.architecture
     assert all(same.weights[site] is model.weights[site] for site in model.weights)
@@ -173,7 +175,7 @@ MAGNITUDE = FaspConfig(sparsity=0.1, scores="magnitude", restore=False)
 def test_magnitude_without_restoration_wants_no_text() -> None:
     model = random_model(TWO)
     assert not find("fasp").needs_calibration(MAGNITUDE)
-    assert run(model, MAGNITUDE, None, lambda fraction: None).parameters < model.parameters
+    assert run(model, MAGNITUDE, None, UNKEPT).parameters < model.parameters
 
 
 # ---- widths ------------------------------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_the_first_restored_matrix_is_never_worse_than_the_pruned_one(architectu
     """The later ones have other inputs, so only the first is comparable; the maths is tested for all."""
     model = random_model(architecture)
     sites = adapters.find(architecture.family).attention_sites(0)
-    gram = calibrate.Calibration(model, text()).gram(fasp._bias_moved(model, 0), 0, [sites.o])[sites.o]
+    gram = calibrate.Calibration(model, Samples(text())).gram(fasp._bias_moved(model, 0), 0, [sites.o])[sites.o]
     errors = []
     for restore in (True, False):
         small = pruned(model, FaspConfig(sparsity=0.3, restore=restore, ridge=ridge))
@@ -329,7 +331,7 @@ def test_restored_beats_pruned_beats_magnitude_on_text_of_a_real_model(stories: 
 def test_the_step_is_recorded_and_progress_ends_at_one() -> None:
     told: list[float] = []
     config = FaspConfig(sparsity=0.2)
-    small = run(random_model(TWO), config, text(), told.append)
+    small = run(random_model(TWO), config, Samples(text()), Unkept(told.append))
     assert small.provenance.steps == (config.model_dump(mode="json"),)
     assert FaspConfig.model_validate(small.provenance.steps[0]) == config
     assert told == [0.5, 1.0]
@@ -362,7 +364,7 @@ def test_pruning_after_quantizing_is_refused_with_the_order() -> None:
 
 def test_missing_text_is_refused() -> None:
     with pytest.raises(RecipeError, match="fasp: scores and restoration want calibration text"):
-        run(random_model(TWO), FaspConfig(sparsity=0.2), None, lambda fraction: None)
+        run(random_model(TWO), FaspConfig(sparsity=0.2), None, UNKEPT)
 
 
 @pytest.mark.parametrize(

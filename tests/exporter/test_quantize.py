@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from exporter import calibrate, checkpoint
-from exporter.calibrate import Calibration
+from exporter.calibrate import Calibration, Samples
 from exporter.compress import find, run
-from exporter.compress.quantize import QuantizeConfig, predict, rounded
-from exporter.compress.step import layer_sites
+from exporter.compress.quantize import QuantizeConfig, predict
+from exporter.compress.step import UNKEPT, Unkept, layer_sites
+from exporter.compress.trees import rounded
 from exporter.errors import RecipeError
 from exporter.maths import gptq
 from exporter.maths.rounding import Grid, quantize_rows
@@ -34,7 +35,7 @@ def text(count: int = 6, length: int = 32) -> Tensor:
 
 
 def quantized(model: Model, config: QuantizeConfig, windows: Tensor | None = None) -> Model:
-    return run(model, config, text() if windows is None else windows, lambda fraction: None)
+    return run(model, config, Samples(text() if windows is None else windows), UNKEPT)
 
 
 def kinds(model: Model) -> dict[str, str]:
@@ -172,7 +173,7 @@ def test_gptq_sees_the_inputs_that_the_layers_rounded_before_give() -> None:
     config = QuantizeConfig(ignore=["model.embed_tokens"])
     small = quantized(model, config)
     first = {site: small.weights[site] for site in layer_sites(model, 0)}
-    walk = Calibration(model, text())
+    walk = Calibration(model, Samples(text()))
     walk.advance(model.with_weights(first), 0)
     gram = walk.gram(model, 1, [DOWN])[DOWN]
 
@@ -211,10 +212,10 @@ def test_a_prediction_reads_no_values() -> None:
 def test_the_step_is_recorded_and_progress_ends_at_one() -> None:
     told: list[float] = []
     config = QuantizeConfig(algorithm="rtn", bits=3)
-    small = run(random_model(TWO), config, None, told.append)
+    small = run(random_model(TWO), config, None, Unkept(told.append))
     assert small.provenance.steps == (config.model_dump(mode="json"),)
     assert QuantizeConfig.model_validate(small.provenance.steps[0]) == config
-    assert told == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert told == [0.5, 1.0]
 
 
 def test_the_same_run_gives_the_same_bits() -> None:
@@ -231,7 +232,7 @@ def test_gptq_loses_less_output_than_rounding_in_every_matrix_of_a_real_layer(
     model = checkpoint.load(stories)
     tokens = Tokenizer(model.files, None).encode_plain(stories_text.read_text(encoding="utf-8"))
     sites = layer_sites(model, 0)
-    grams = Calibration(model, calibrate.windows(tokens, 8, 128, 0, 1)).gram(model, 0, sites)
+    grams = Calibration(model, Samples(calibrate.windows(tokens, 8, 128, 0, 1))).gram(model, 0, sites)
     for site in sites:
         weight = model.weights[site].dense(torch.float64)
         lost = {
@@ -252,7 +253,7 @@ def test_gptq_without_text_is_refused_and_rounding_wants_none() -> None:
     assert find("quantize").needs_calibration(QuantizeConfig())
     assert not find("quantize").needs_calibration(RTN)
     with pytest.raises(RecipeError, match="gptq wants calibration text; give it, or use algorithm rtn"):
-        run(random_model(TWO), QuantizeConfig(), None, lambda fraction: None)
+        run(random_model(TWO), QuantizeConfig(), None, UNKEPT)
 
 
 def test_weights_that_are_not_finite_are_told_with_their_site() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exporter import compress, evaluate, plugins
 from exporter.compress.quantize import QuantizeConfig
+from exporter.compress.step import UNKEPT
 from exporter.errors import BackendMissingError
 from exporter.model import Layer, Model, Rope
 from exporter.plugins import Plan, Target
@@ -142,7 +143,7 @@ def test_four_bits_in_unequal_widths_say_the_models_text(target: Target, tmp_pat
         replace(LLAMA, positions=96, layers=(NARROW, Layer(4, 4, 16, 16, 64), Layer(2, 1, 16, 12, 20)))
     )
     step = QuantizeConfig(algorithm="rtn", bits=4, group=32)
-    model = compress.run(model, step, None, lambda fraction: None)
+    model = compress.run(model, step, None, UNKEPT)
     plan = target.plan(model, 80)
     target.lower(model, plan, tmp_path)
 
