@@ -224,6 +224,12 @@ class Calibration:
         self._held |= held if hold else {}
         return ops.grams
 
+    def cross(self, other: Calibration, site: str) -> Tensor:
+        """Sum of y x^T over all tokens, [in, in], float64: y an input that the other holds, x the one held here."""
+        pairs = zip(other._held[site], self._held[site])
+        products = [(y.flatten(0, -2).T @ x.flatten(0, -2)).double() for y, x in pairs]
+        return torch.stack(products).sum(0)
+
     def narrow(self, site: str, columns: Tensor) -> None:
         """Keep only some channels of an input that is held: the others were pruned."""
         self._held[site] = [x[..., columns.to(x.device)] for x in self._held[site]]

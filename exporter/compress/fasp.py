@@ -10,7 +10,8 @@ least squares are pulled towards the unpruned columns (see `maths.channels.resto
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -34,17 +35,21 @@ class FaspConfig(StepConfig):
 
     `sparsity` is the fraction of the decoder layers' weights to remove, queries and keys counted in. Kept widths are
     rounded to `multiple`; value heads to the largest divisor of it that is at most a quarter of the head.
-    `scores`: `wanda` weighs channels by the norm of their inputs, `magnitude` does not. `restore` refits what stays,
-    with `ridge` times the mean squared input as its pull towards the old weights.
+    `scores`: `wanda` weighs channels by the norm of their inputs, `magnitude` does not, `random` (from `seed`) is the
+    control. `restore` refits what stays, with `ridge` times the mean squared input as its pull towards the old weights.
+    `target`: the outputs to reach are those for the `same` inputs, which come from pruned layers, or those of the
+    `dense` model.
     """
 
     kind: Literal["fasp"] = "fasp"
     version: Literal[1] = 1
     sparsity: Annotated[float, Field(ge=0, le=0.9)]
     multiple: Annotated[int, Field(ge=1, le=1024)] = 8
-    scores: Literal["wanda", "magnitude"] = "wanda"
+    scores: Literal["wanda", "magnitude", "random"] = "wanda"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     restore: bool = True
     ridge: Annotated[float, Field(ge=0, le=100)] = 1e-2
+    target: Literal["same", "dense"] = "same"
 
 
 def needs_calibration(config: FaspConfig) -> bool:
@@ -54,13 +59,15 @@ def needs_calibration(config: FaspConfig) -> bool:
 
 def run(model: Model, config: FaspConfig, samples: Samples | None, journal: Journal) -> Model:
     """Prune layer after layer: attention first, then the MLP with what the restored attention gives it."""
-    widths = pruned_widths(model, config)
+    widths, samples = pruned_widths(model, config), _wanted(config, samples)
+    dense = _Dense(model, samples, journal.device) if samples is not None and config.target == "dense" else None
 
     def block(model: Model, index: int, calibration: Calibration | None) -> Model:
-        model = _prune_values(model, index, widths[index].value_dim, config, calibration)
-        return _prune_mlp(model, index, widths[index].mlp, config, calibration)
+        road = _Road(config, calibration, dense)
+        model = _prune_values(model, index, widths[index].value_dim, road)
+        return _prune_mlp(model, index, widths[index].mlp, road)
 
-    return walk(model, _wanted(config, samples), block, journal).with_step(config.model_dump(mode="json"))
+    return walk(model, samples, block, journal).with_step(config.model_dump(mode="json"))
 
 
 def predict(model: Model, config: FaspConfig) -> Model:
@@ -161,37 +168,78 @@ def _wanted(config: FaspConfig, samples: Samples | None) -> Samples | None:
     return samples
 
 
-def _prune_values(model: Model, index: int, keep: int, config: FaspConfig, calibration: Calibration | None) -> Model:
+class _Dense:
+    """The unpruned model's own activations, layer by layer beside those of the pruned one."""
+
+    def __init__(self, model: Model, samples: Samples, device: str) -> None:
+        for index in range(len(model.architecture.layers)):
+            model = _bias_moved(model, index)  # as in the pruned model, so that both give `o` the same thing to do
+        self._model, self.calibration = model, Calibration(model, samples, device=device)
+
+    def hold(self, index: int, site: str) -> None:
+        """Hold the input of a matrix, after catching up with the layers before it."""
+        while self.calibration.layer < index:
+            self.calibration.advance(self._model, self.calibration.layer)
+        self.calibration.gram(self._model, index, [site], hold=True)
+
+
+@dataclass(frozen=True)
+class _Road:
+    """What pruning a layer needs besides the model."""
+
+    config: FaspConfig
+    calibration: Calibration | None
+    dense: _Dense | None
+
+    def heard(self, model: Model, index: int, site: str) -> tuple[Tensor | None, Tensor | None]:
+        """Gram matrix of an input, which is held, and its products with the dense model's; None where not wanted."""
+        if self.calibration is None:
+            return None, None
+        gram = self.calibration.gram(model, index, [site], hold=True)[site]
+        if self.dense is None:
+            return gram, None
+        self.dense.hold(index, site)
+        return gram, self.calibration.cross(self.dense.calibration, site)
+
+    def narrow(self, site: str, columns: Tensor) -> None:
+        """Tell the calibration which inputs stay."""
+        if self.calibration is not None:
+            self.calibration.narrow(site, columns)
+
+
+def _prune_values(model: Model, index: int, keep: int, road: _Road) -> Model:
     layer = model.architecture.layers[index]
     if keep == layer.value_dim:
         return model
     sites = adapters.find(model.architecture.family).attention_sites(index)
     model = _bias_moved(model, index)
-    gram = None if calibration is None else calibration.gram(model, index, [sites.o], hold=True)[sites.o]
-    rows, columns = value_channels(_scores(model, sites.o, gram, config), layer, keep)
-    if calibration is not None:
-        calibration.narrow(sites.o, columns)
-    model = _with_columns(_with_rows(model, sites.v, rows), sites.o, columns, gram, config)
+    gram, cross = road.heard(model, index, sites.o)
+    rows, columns = value_channels(_scores(model, sites.o, gram, road.config), layer, keep)
+    road.narrow(sites.o, columns)
+    model = _with_columns(_with_rows(model, sites.v, rows), sites.o, columns, gram, cross, road.config)
     return model.with_layer(index, replace(layer, value_dim=keep))
 
 
-def _prune_mlp(model: Model, index: int, keep: int, config: FaspConfig, calibration: Calibration | None) -> Model:
+def _prune_mlp(model: Model, index: int, keep: int, road: _Road) -> Model:
     layer = model.architecture.layers[index]
     if keep == layer.mlp:
         return model
     sites = adapters.find(model.architecture.family).mlp_sites(index)
-    gram = None if calibration is None else calibration.gram(model, index, [sites.down], hold=True)[sites.down]
-    kept = strongest(_scores(model, sites.down, gram, config), keep)
-    if calibration is not None:
-        calibration.narrow(sites.down, kept)
+    gram, cross = road.heard(model, index, sites.down)
+    kept = strongest(_scores(model, sites.down, gram, road.config), keep)
+    road.narrow(sites.down, kept)
     for site in (sites.up,) if sites.gate is None else (sites.gate, sites.up):
         model = _with_rows(model, site, kept)
-    model = _with_columns(model, sites.down, kept, gram, config)
+    model = _with_columns(model, sites.down, kept, gram, cross, road.config)
     return model.with_layer(index, replace(layer, mlp=keep))
 
 
 def _scores(model: Model, site: str, gram: Tensor | None, config: FaspConfig) -> Tensor:
-    return column_scores(_values(model, site), gram if config.scores == "wanda" else None)
+    values = _values(model, site)
+    if config.scores == "random":
+        seed = int.from_bytes(hashlib.sha256(f"{config.seed} {site}".encode()).digest()[:8], "big") >> 1
+        return torch.rand(values.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return column_scores(values, gram if config.scores == "wanda" else None)
 
 
 def _with_rows(model: Model, site: str, rows: Tensor) -> Model:
@@ -201,12 +249,14 @@ def _with_rows(model: Model, site: str, rows: Tensor) -> Model:
     return model.with_weights({site: Dense(_values(model, site)[rows])}).with_tensors(biases)
 
 
-def _with_columns(model: Model, site: str, columns: Tensor, gram: Tensor | None, config: FaspConfig) -> Model:
+def _with_columns(
+    model: Model, site: str, columns: Tensor, gram: Tensor | None, cross: Tensor | None, config: FaspConfig
+) -> Model:
     """The model with only some columns of a matrix, refitted where the config says so."""
     values = _values(model, site)
     if gram is None or not config.restore:
         return model.with_weights({site: Dense(values[:, columns].contiguous())})
-    return model.with_weights({site: Dense(restored(values, gram, columns, config.ridge).to(values.dtype))})
+    return model.with_weights({site: Dense(restored(values, gram, columns, config.ridge, cross).to(values.dtype))})
 
 
 def _bias_moved(model: Model, index: int) -> Model:

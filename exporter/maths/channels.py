@@ -30,17 +30,18 @@ def strongest(scores: Tensor, count: int) -> Tensor:
     return order[..., :count].sort(dim=-1).values
 
 
-def restored(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
+def restored(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float, cross: Tensor | None = None) -> Tensor:
     """Least squares: the kept columns, changed so that the outputs stay closest to those of all columns.
 
-    W' = (W G[:, K] + lam W[:, K]) (G[K, K] + lam I)^-1 with lam = ridge * mean diag G[K, K]. The ridge pulls towards
-    W[:, K], so on the calibration tokens the result is never worse than W[:, K] itself, for any ridge.
+    W' = (W C[:, K] + lam W[:, K]) (G[K, K] + lam I)^-1 with lam = ridge * mean diag G[K, K], and C = G. The ridge pulls
+    towards W[:, K], so on the calibration tokens the result is never worse than W[:, K] itself, for any ridge.
 
     Args:
         weight: [out, in]; computed in float64.
         gram: [in, in], float64, sum of x x^T.
         kept: [count], rising indices.
         ridge: >= 0.
+        cross: [in, in], float64, C = sum of y x^T, where the outputs to reach are those for other inputs y.
 
     Returns:
         [out, count], float64.
@@ -58,5 +59,5 @@ def restored(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor
     factor, failed = torch.linalg.cholesky_ex(inputs + pull * torch.eye(len(kept), dtype=inputs.dtype))
     if int(failed):
         raise WeightError(f"the inputs of the kept channels depend on each other; give a ridge over {ridge:g}")
-    wanted = weight @ gram[:, kept] + pull * weight[:, kept]
+    wanted = weight @ (gram if cross is None else cross)[:, kept] + pull * weight[:, kept]
     return torch.cholesky_solve(wanted.T, factor).T.contiguous()

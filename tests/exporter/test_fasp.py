@@ -325,6 +325,35 @@ def test_restored_beats_pruned_beats_magnitude_on_text_of_a_real_model(stories: 
     assert restored < plain < magnitude
 
 
+@FAMILIES
+def test_reaching_for_the_dense_models_outputs_comes_closer_to_them(architecture: Architecture) -> None:
+    """In the second layer, whose inputs come from a pruned one, the error against the dense outputs is smaller."""
+    model = random_model(architecture)
+    expected = logits(model, text())
+    errors = []
+    for target in ("dense", "same"):
+        small = pruned(model, FaspConfig(sparsity=0.4, target=target, ridge=1e-6))
+        errors.append(float((logits(small, text()) - expected).norm()))
+    assert errors[0] < errors[1]
+
+
+def test_for_one_layer_both_targets_are_the_same_thing() -> None:
+    """Nothing before the first attention is pruned, so its inputs are the dense model's."""
+    model, site = random_model(TWO), "model.layers.0.self_attn.o_proj"
+    dense, same = (pruned(model, FaspConfig(sparsity=0.3, target=target)) for target in ("dense", "same"))
+    assert torch.allclose(values(dense, site), values(same, site), rtol=1e-4, atol=1e-5)
+
+
+def test_random_scores_come_from_the_seed_alone() -> None:
+    model, site = random_model(TWO), "model.layers.1.self_attn.v_proj"
+    drawn = [
+        values(pruned(model, FaspConfig(sparsity=0.3, scores="random", restore=False, seed=seed)), site)
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 # ---- what is recorded, and refused -------------------------------------------------------------------------------
 
 
@@ -375,7 +404,7 @@ def test_missing_text_is_refused() -> None:
         ({"sparsity": float("nan")}, "finite number"),
         ({"sparsity": 0.2, "multiple": 0}, "greater than or equal to 1"),
         ({"sparsity": 0.2, "ridge": -1}, "greater than or equal to 0"),
-        ({"sparsity": 0.2, "scores": "taylor"}, "'wanda' or 'magnitude'"),
+        ({"sparsity": 0.2, "scores": "taylor"}, "'wanda', 'magnitude' or 'random'"),
         ({"sparsity": 0.2, "sparsty": 0.2}, "Extra inputs"),
         ({}, "Field required"),
     ],
@@ -386,5 +415,5 @@ def test_a_config_that_makes_no_sense_is_refused(fields: dict[str, object], mess
 
 
 def test_an_unknown_method_is_told_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="no method named 'swsc'; known: fasp, quantize"):
-        find("swsc")
+    with pytest.raises(RecipeError, match=r"no method named 'magic'; known: .*fasp.*, quantize"):
+        find("magic")
