@@ -77,28 +77,29 @@ class Golden(Record):
     """Answers that travel with an artifact: the model's greedy text, and its largest logits at every step.
 
     `top[i]` and `logits[i]` are the token ids and logits of the largest few after `prompt + tokens[:i]`; an artifact
-    is right where each logit is within `tolerance` (absolute).
+    is right where each logit is within `tolerance` (absolute). An encoder has no `tokens`: `top[i]` and `logits[i]` are
+    the channels and values of the largest few, by size, of the hidden state at position i of `prompt`.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)  # an infinite tolerance would be a check that cannot fail
 
     prompt: Annotated[list[TokenId], Field(min_length=1)]
-    tokens: Annotated[list[TokenId], Field(min_length=1)]
+    tokens: list[TokenId]
     top: Annotated[list[list[TokenId]], Field(min_length=1)]
     logits: list[list[float]]
     tolerance: Annotated[float, Field(ge=0)]
 
     @model_validator(mode="after")
     def _same_steps(self) -> Golden:
-        if len(self.top) > len(self.tokens) + 1:
-            raise ValueError(f"{len(self.top)} steps for {len(self.tokens)} tokens")
+        if len(self.top) > (len(self.tokens) + 1 if self.tokens else len(self.prompt)):
+            raise ValueError(f"{len(self.top)} steps for {len(self.tokens)} tokens after {len(self.prompt)}")
         if [len(row) for row in self.top] != [len(row) for row in self.logits] or not all(self.top):
             raise ValueError("top and logits differ in shape, or a step has none")
         return self
 
 
 class Summary(Record):
-    """The model inside, as far as a runner must know it."""
+    """The model inside, as far as a runner must know it; `causal` tells a decoder from an encoder."""
 
     source: str
     digest: str
@@ -111,6 +112,7 @@ class Summary(Record):
     layers: Annotated[int, Field(ge=1)]
     bos: TokenId | None
     eos: list[TokenId]
+    causal: bool = True
 
 
 class Artifact(Record):
@@ -129,8 +131,12 @@ class Artifact(Record):
 
     @model_validator(mode="after")
     def _golden_fits_the_model(self) -> Artifact:
-        golden, fed = self.golden, len(self.golden.prompt) + len(self.golden.top) - 1
-        if max(map(max, [golden.prompt, golden.tokens, *golden.top])) >= self.model.vocab:
+        golden, causal = self.golden, self.model.causal
+        if bool(golden.tokens) != causal:
+            raise ValueError("a decoder has golden tokens, an encoder has none")
+        fed = len(golden.prompt) + (len(golden.top) - 1 if causal else 0)
+        named = [golden.prompt, golden.tokens, *golden.top] if causal else [golden.prompt]
+        if max(map(max, named)) >= self.model.vocab:
             raise ValueError(f"the golden text has a token that a vocabulary of {self.model.vocab} does not")
         if self.model.bos is not None and self.model.bos >= self.model.vocab:
             raise ValueError(f"BOS token {self.model.bos} is none of a vocabulary of {self.model.vocab}")

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from exporter import adapters
+from exporter import adapters, mapped
 from exporter.errors import RecipeError
-from exporter.model import Model
+from exporter.maths.gram import Gram, cross
+from exporter.model import Architecture, Model
 from exporter.ops import AttentionSites, AttentionSpec, MlpSites
-from exporter.torch_ops import TorchOps
+from exporter.torch_ops import ACTIVATIONS, TorchOps
+from exporter.weights import Dense, LowBit, Sparse
 
 MOST_TOKENS = 2**26  # of all windows together: half a GiB of token ids
+ROOM = 2**22  # numbers in a batch's widest activations: larger blocks of memory are new each time, paid page by page
+ROOM_ELSEWHERE = 2**26  # the same where memory is not the system's, and larger products are faster
+
+IN_PLACE = ACTIVATIONS | {"relu": torch.relu_, "silu": partial(F.silu, inplace=True)}
 
 
 def windows(tokens: Sequence[int], count: int, length: int, seed: int, bos: int | None) -> Tensor:
@@ -50,6 +58,13 @@ def windows(tokens: Sequence[int], count: int, length: int, seed: int, bos: int 
     starts = torch.randint(len(tokens) - taken + 1, (count, 1), generator=generator)
     found = torch.tensor(list(tokens), dtype=torch.int64)[starts + torch.arange(taken)]
     return found if bos is None else torch.cat((torch.full((count, 1), bos), found), dim=1)
+
+
+def framed(windows: Tensor, architecture: Architecture) -> Tensor:
+    """Windows as a model reads texts: an encoder's end in [SEP], in place of their last token; a decoder's go on."""
+    if architecture.causal or not architecture.eos:
+        return windows
+    return torch.cat((windows[:, :-1], torch.full((len(windows), 1), architecture.eos[0])), dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,17 +129,18 @@ class CalibratingOps(TorchOps):
     ) -> None:
         super().__init__(model, dtype, device)
         self._wanted = frozenset(sites)
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Gram] = {}
         self._sharing: dict[str, str] = {}  # site -> the first site that had the same input
         self._latest: tuple[str, Tensor] | None = None  # the latest first site, and its input
         self._missing: set[str] = set()  # sites of this batch that are still to come
         self.given: dict[str, Tensor] = {}  # site -> its input, known from an earlier run: what leads to it is skipped
         self.heard: dict[str, Tensor] = {}  # site -> its input in this batch
+        self.attended: Tensor | None = None  # what attention gives in this batch, maybe known from an earlier run
 
-    @property
     def grams(self) -> dict[str, Tensor]:
         """[in, in], float64, by site."""
-        return {site: self._sums[first] for site, first in self._sharing.items()}
+        totals = {site: gram.total() for site, gram in self._sums.items()}
+        return {site: totals[first] for site, first in self._sharing.items()}
 
     def reset(self) -> None:
         super().reset()
@@ -133,28 +149,57 @@ class CalibratingOps(TorchOps):
     def linear(self, x: Tensor, site: str) -> Tensor:
         if site in self._wanted:
             self._hear(x, site)
+        weight, bias = self.model.weights[site], f"{site}.bias"
+        if isinstance(weight, Dense | LowBit | Sparse) and bias in self.model.tensors:
+            return F.linear(x, self.matrix(weight), self.tensor(bias))  # goes over the result once
         return super().linear(x, site)
 
     def attention(self, x: Tensor, sites: AttentionSites, layer: int, spec: AttentionSpec) -> Tensor:
-        if sites.o in self.given:
-            return self.linear(self.given[sites.o], sites.o)
-        return super().attention(x, sites, layer, spec)
+        if not self._wanted.isdisjoint((sites.q, sites.k, sites.v)):
+            self.attended = super().attention(x, sites, layer, spec)
+        elif sites.o in self.given:
+            self.attended = self.linear(self.given[sites.o], sites.o)
+        elif self.attended is None or sites.o in self._wanted:
+            self.attended = super().attention(x, sites, layer, spec)
+        return self.attended
 
     def mlp(self, x: Tensor, sites: MlpSites, activation: str) -> Tensor:
         if sites.down in self.given:
             return self.linear(self.given[sites.down], sites.down)
-        return super().mlp(x, sites, activation)
+        up = self.linear(x, sites.up)  # nobody else has it: it may change in place
+        if sites.gate is None:
+            return self.linear(IN_PLACE[activation](up), sites.down)
+        return self.linear(IN_PLACE[activation](self.linear(x, sites.gate)).mul_(up), sites.down)
 
     def _hear(self, x: Tensor, site: str) -> None:
         if self._latest is None or self._latest[1] is not x:
             self._latest = site, x
-            tokens = x.flatten(0, -2)  # [tokens, in]
-            self._sums[site] = self._sums.get(site, 0) + (tokens.T @ tokens).double()
+            self._sums.setdefault(site, Gram()).add(x)
         self._sharing[site] = self._latest[0]
         self.heard[site] = x
         self._missing.discard(site)
         if not self._missing:
             raise _EnoughError
+
+
+class _Memory:
+    """Where activations outlive a pass, the same memory layer after layer: to fault in new costs more than to copy."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+        self._used: list[Tensor] = []
+
+    def keep(self, x: Tensor) -> Tensor:
+        """A copy of a tensor, until `release`."""
+        fitting = [room for room in self._free if room.numel() >= x.numel()]
+        room = min(fitting, key=Tensor.numel) if fitting else x.new_empty(x.numel())
+        self._free = [other for other in self._free if other is not room]
+        self._used.append(room)
+        return room[: x.numel()].view(x.shape).copy_(x)
+
+    def release(self) -> None:
+        """Nothing that is kept is needed any more."""
+        self._free, self._used = self._used, []
 
 
 class Calibration:
@@ -163,38 +208,42 @@ class Calibration:
     Args:
         model: Whose embedding the windows go through.
         samples: The windows.
-        batch: Windows that run together.
+        batch: Windows that run together; None for as many as run fast.
         dtype: Of the activations.
         device: Where they lie, and where the layers run.
         resumed: Layer and activations where an earlier run stood, instead of the embedding.
 
     Raises:
-        RecipeError: a window is longer than the context, or holds a token that the model does not have.
+        RecipeError: a window is longer than the context, or holds a token that the model does not have; pictures are
+            not what the model looks at.
     """
 
     def __init__(
         self,
         model: Model,
         samples: Samples,
-        batch: int = 8,
+        batch: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         resumed: tuple[int, Sequence[Tensor]] | None = None,
     ) -> None:
-        _check(model, samples.ids)
+        check_windows(model, samples.ids)
+        _check_pictures(model, samples)
         self._adapter = adapters.find(model.architecture.family)
         self._dtype, self._device = dtype, device
-        self._held: dict[str, list[Tensor]] = {}
+        self._memory = _Memory()
+        self._held: dict[str, list[Tensor]] = {}  # inputs of matrices of this layer, by site and batch
+        self._narrowed: dict[str, Tensor] = {}  # which channels of a held input are left
+        self._attended: list[Tensor] = []  # what this layer's attention gives, by batch, once it is finished
         if resumed is not None:
             self.layer, activations = resumed
             self.activations = [x.to(device) for x in activations]
             return
         self.layer = 0
-        ops = TorchOps(model, dtype, device)
+        ops, batch = TorchOps(model, dtype, device), batch or fast_batch(model, samples.ids.shape[1], device)
         with torch.inference_mode():
-            self.activations = [
-                self._adapter.embed(_fresh(ops), ids.to(device)) for ids in torch.split(samples.ids, batch)
-            ]
+            self.activations = [self._embedded(_fresh(ops), *part) for part in _batches(samples, batch)]
+        mapped.release()  # the token embedding, where the model lies in files
 
     def gram(self, model: Model, layer: int, sites: Collection[str], hold: bool = False) -> dict[str, Tensor]:
         """Sums of x x^T over all tokens, of the inputs of some matrices of a layer, in one pass that ends at the last.
@@ -204,7 +253,8 @@ class Calibration:
             layer: The one that the activations stand before.
             sites: Of this layer.
             hold: Keep these inputs too: the layer's later passes begin there. For sites at the end of attention or MLP;
-                whoever changes what leads to a held input says so by `narrow`.
+                whoever changes what leads to a held input says so by `narrow`. Attention is finished when an input
+                behind it is held.
 
         Returns:
             [in, in], float64, by site.
@@ -214,39 +264,59 @@ class Calibration:
         """
         ops = CalibratingOps(model, sites, self._dtype, self._device)
         held: dict[str, list[Tensor]] = {site: [] for site in sites}
+        attended: list[Tensor] = []
         for _ in self._run(ops, layer):
             for site in sites if hold else ():
-                held[site].append(ops.heard[site])
-        if not all(bool(gram.isfinite().all()) for gram in ops.grams.values()):
+                held[site].append(self._memory.keep(ops.heard[site]))
+            if hold and ops.attended is not None:
+                attended.append(self._memory.keep(ops.attended))
+        grams = ops.grams()
+        if not all(bool(gram.diagonal().isfinite().all()) for gram in grams.values()):  # it bounds all the others
             raise RecipeError(
                 f"activations of layer {layer} are not finite: the model overflows on the calibration text"
             )
-        self._held |= held if hold else {}
-        return ops.grams
+        if hold:
+            self._narrowed = {site: columns for site, columns in self._narrowed.items() if site not in held}
+            self._held = held if attended else self._held | held
+            self._attended = attended
+        return grams
 
     def cross(self, other: Calibration, site: str) -> Tensor:
         """Sum of y x^T over all tokens, [in, in], float64: y an input that the other holds, x the one held here."""
-        pairs = zip(other._held[site], self._held[site])
-        products = [(y.flatten(0, -2).T @ x.flatten(0, -2)).double() for y, x in pairs]
-        return torch.stack(products).sum(0)
+        batches = range(len(self.activations))
+        return cross((other._input(site, batch), self._input(site, batch)) for batch in batches)
 
     def narrow(self, site: str, columns: Tensor) -> None:
         """Keep only some channels of an input that is held: the others were pruned."""
-        self._held[site] = [x[..., columns.to(x.device)] for x in self._held[site]]
+        columns = columns.to(self._device)
+        self._narrowed[site] = self._narrowed[site][columns] if site in self._narrowed else columns
 
     def advance(self, model: Model, layer: int) -> None:
         """Push the activations through a finished layer."""
         for index, after in enumerate(self._run(CalibratingOps(model, (), self._dtype, self._device), layer)):
             self.activations[index] = after
-        self._held = {}
+        self._held, self._narrowed, self._attended = {}, {}, []
+        self._memory.release()
         self.layer += 1
+        mapped.release()  # the layer's matrices, where the model lies in files
+
+    def _embedded(self, ops: TorchOps, ids: Tensor, pixels: Tensor | None) -> Tensor:
+        """What stands before the first layer, with the pictures that the windows hold."""
+        seen = None if pixels is None else adapters.see(self._adapter, ops, pixels)
+        return adapters.embed(self._adapter, ops, ids.to(self._device), seen)
+
+    def _input(self, site: str, batch: int) -> Tensor:
+        """A held input, without the channels that were pruned."""
+        x = self._held[site][batch]
+        return _columns(x, self._narrowed[site]) if site in self._narrowed else x
 
     def _run(self, ops: CalibratingOps, layer: int) -> Iterator[Tensor]:
         """The activations behind a layer, batch by batch; those in front of it where the run ended early."""
         if layer != self.layer:
             raise ValueError(f"the activations stand before layer {self.layer}, not before layer {layer}")
         for index, x in enumerate(self.activations):
-            ops.given = {site: held[index] for site, held in self._held.items()}
+            ops.given = {site: self._input(site, index) for site in self._held}
+            ops.attended = self._attended[index] if self._attended else None
             with torch.inference_mode(), suppress(_EnoughError):
                 x = self._adapter.block(_fresh(ops), x, layer)
             yield x
@@ -277,6 +347,11 @@ def block_influence(
     return torch.tensor(found, dtype=torch.float64)
 
 
+def _columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Some channels of [..., in]; a matrix of tokens is much quicker to pick from than a tensor of more dimensions."""
+    return x.flatten(0, -2).index_select(1, columns).view(*x.shape[:-1], len(columns))
+
+
 def _fresh(ops: TorchOps) -> TorchOps:
     """The same verbs with an empty cache: what comes next is the beginning of a text."""
     ops.reset()
@@ -284,10 +359,37 @@ def _fresh(ops: TorchOps) -> TorchOps:
     return ops
 
 
-def _check(model: Model, windows: Tensor) -> None:
+def check_windows(model: Model, windows: Tensor) -> None:
+    """Refuse windows [count, length] that a model cannot read.
+
+    Raises:
+        RecipeError: they are longer than the context, or hold a token that the model does not have.
+    """
     length, context = windows.shape[1], model.architecture.positions
     if length > context:
         raise RecipeError(f"calibration windows have {length} tokens; the model's context is {context}")
     low, high, vocab = int(windows.min()), int(windows.max()), model.architecture.vocab
     if low < 0 or high >= vocab:
         raise RecipeError(f"calibration tokens run from {low} to {high}; the model has {vocab}")
+
+
+def fast_batch(model: Model, length: int, device: str) -> int:
+    """Windows whose widest activations fill the room."""
+    layers, room = model.architecture.layers, ROOM if device == "cpu" else ROOM_ELSEWHERE
+    widest = max(max(layer.heads * layer.head_dim, layer.heads * layer.value_dim, layer.mlp) for layer in layers)
+    return max(1, room // (length * max(widest, model.architecture.hidden)))
+
+
+def _batches(samples: Samples, batch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Windows, and their pictures where there are any, `batch` at a time."""
+    for start in range(0, len(samples.ids), batch):
+        part = slice(start, start + batch)
+        yield samples.ids[part], None if samples.pixels is None else samples.pixels[part]
+
+
+def _check_pictures(model: Model, samples: Samples) -> None:
+    vision, pixels = model.architecture.vision, samples.pixels
+    expected = None if vision is None else (len(samples.ids), *vision.shape)
+    if pixels is not None and tuple(pixels.shape) != expected:
+        takes = "none" if expected is None else f"{list(expected)} for these windows"
+        raise RecipeError(f"calibration pictures are {list(pixels.shape)}; the model takes {takes}")

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from exporter import artifact as artifacts
-from exporter import evaluate
-from exporter.artifact import Artifact, Record, Summary
+from exporter import encoders, evaluate
+from exporter.artifact import Artifact, Budget, Golden, Record, Summary
+from exporter.encoders import EncoderComparison
 from exporter.evaluate import Comparison
 from exporter.model import Model
 from exporter.plugins import Plan, Target
@@ -20,6 +21,7 @@ RIGHT_FILES = (
 )
 GOLDEN_TOKENS = 32
 CHECKED_TOKENS = 64
+SHORT_TOKENS = 7
 
 
 class Found(Record):
@@ -41,7 +43,7 @@ class Outcome(Record):
     folded: list[str]
     notes: list[str]
     findings: list[Found]
-    comparison: Comparison | None
+    comparison: Comparison | EncoderComparison | None
 
     @property
     def ok(self) -> bool:
@@ -75,8 +77,6 @@ def prompt_of(model: Model) -> list[int]:
 def describe(model: Model, target: Target, plan: Plan, requires: Mapping[str, str], folder: Path) -> Artifact:
     """What artifact.json says of a folder whose model files are written."""
     budget = target.budget(model, plan)
-    new_tokens = min(GOLDEN_TOKENS, plan.context - 1)
-    golden = evaluate.golden(TorchSession(model), prompt_of(model), new_tokens, budget)
     return Artifact(
         target=target.name,
         model=_summary(model, plan.context),
@@ -85,7 +85,7 @@ def describe(model: Model, target: Target, plan: Plan, requires: Mapping[str, st
         notes=list(plan.notes),
         requires=dict(requires),
         budget=budget,
-        golden=golden,
+        golden=_golden(model, plan.context, budget),
         files={name: artifacts.describe_file(folder / name) for name in artifacts.files_under(folder)},
     )
 
@@ -116,8 +116,24 @@ def check(folder: Path, made: Artifact, model: Model, target: Target) -> Outcome
     )
 
 
-def _compare(folder: Path, made: Artifact, model: Model, target: Target) -> Comparison:
+def _golden(model: Model, context: int, budget: Budget) -> Golden:
+    if not model.architecture.causal:
+        return encoders.golden(TorchSession(model), _texts(model, min(GOLDEN_TOKENS, context))[0], budget)
+    new_tokens = min(GOLDEN_TOKENS, context - 1)
+    return evaluate.golden(TorchSession(model), prompt_of(model), new_tokens, budget)
+
+
+def _texts(model: Model, longest: int) -> list[list[int]]:
+    """What an encoder is checked on: texts of several lengths, the longest first."""
+    lengths = dict.fromkeys((longest, min(longest, SHORT_TOKENS), 1))
+    return [encoders.text(model.architecture, length) for length in lengths]
+
+
+def _compare(folder: Path, made: Artifact, model: Model, target: Target) -> Comparison | EncoderComparison:
     reference, candidate = TorchSession(model), target.session(folder)
+    if not model.architecture.causal:
+        texts = _texts(model, min(CHECKED_TOKENS, made.model.context))
+        return encoders.compare(reference, candidate, texts, made.budget)
     new_tokens = min(CHECKED_TOKENS, made.model.context - 1)
     return evaluate.compare(reference, candidate, prompt_of(model), new_tokens, made.budget)
 
@@ -139,5 +155,5 @@ def _summary(model: Model, context: int) -> Summary:
     return Summary(
         source=p.source, digest=p.digest, licence=p.licence, family=a.family, parameters=model.parameters,
         source_parameters=p.parameters, vocab=a.vocab, context=context, layers=len(a.layers), bos=a.bos,
-        eos=list(a.eos),
+        eos=list(a.eos), causal=a.causal,
     )  # fmt: skip

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exporter import adapters
+from exporter import adapters, mapped
+from exporter.adapters import Adapter, generic
 from exporter.artifact import checked_path, sha256_of
 from exporter.errors import ArtifactError, CheckpointError
 from exporter.model import Architecture, Model, Provenance
@@ -25,7 +25,8 @@ from exporter.weights import Dense
 LARGEST_JSON = 64 * 2**20  # bytes
 READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "tokenizer.model", "generation_config.json")  # fmt: skip
+                   "tokenizer.model", "generation_config.json", "preprocessor_config.json",
+                   "processor_config.json")  # fmt: skip
 
 
 def load(folder: Path) -> Model:
@@ -36,9 +37,12 @@ def load(folder: Path) -> Model:
         ArchitectureError: a family or a config field that no adapter honours.
     """
     config = read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
-    architecture = adapters.find(str(config.get("model_type"))).read(config)
+    adapter = adapters.find_or_generic(str(config.get("model_type")))
+    architecture = adapter.read(config)
     paths = _weight_files(folder)
-    tensors = _once(_named(architecture, tensor) for path in paths for tensor in _tensors(path))
+    tensors = _once(named for path in paths for named in _tensors(path, adapter))
+    if architecture.config is not None:
+        tensors = generic.tensors(architecture, folder)
     weights, vectors = _sorted_out(architecture, tensors)
     parameters = sum(tensor.numel() for tensor in (*vectors.values(), *(weight.values for weight in weights.values())))
     digest = sha256_of([folder / "config.json", *paths])
@@ -58,7 +62,7 @@ def read_json(path: Path, absent: str) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_JSON:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {LARGEST_JSON} are read")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
+        value = json.loads(path.read_bytes(), object_pairs_hook=mapped.without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -66,37 +70,16 @@ def read_json(path: Path, absent: str) -> dict[str, Any]:
     return value
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose every key stands there once: of two, one would be ignored."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return found
-
-
 def open_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and memory-mapped tensor of everything in a safetensors file.
+    """Name and memory-mapped tensor of everything in a safetensors file, each of them looked at once.
 
     Raises:
         CheckpointError: the file is truncated, its header lies, or a tensor holds what is no finite float32.
     """
-    try:
-        with safe_open(path, framework="pt") as file:  # checks the header's length and offsets
-            _require_plain_header(path)
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                tensor = file.get_tensor(name)
-                _require_finite(path, name, tensor)
-                yield name, tensor
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-
-
-def _require_plain_header(path: Path) -> None:
-    """Refuse a name that stands in the header twice: the library would take one of the two."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
+    for name, tensor in mapped.read(path).items():
+        _require_finite(path, name, tensor)
+        mapped.release()
+        yield name, tensor
 
 
 def _require_finite(path: Path, name: str, tensor: Tensor) -> None:
@@ -107,8 +90,10 @@ def _require_finite(path: Path, name: str, tensor: Tensor) -> None:
             raise CheckpointError(f"{path}: tensor {name} holds NaN, infinity or more than a float32 can say")
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in open_tensors(path):
+def _tensors(path: Path, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """What a file holds of a model, under the adapter's names."""
+    stored = (adapter.stored(name, tensor) for name, tensor in open_tensors(path))
+    for name, tensor in filter(None, stored):
         if tensor.dtype not in READABLE:
             kinds = ", ".join(str(kind).removeprefix("torch.") for kind in READABLE)
             raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; only float checkpoints are read: {kinds}")
@@ -145,12 +130,6 @@ def _weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _named(architecture: Architecture, named: tuple[str, Tensor]) -> tuple[str, Tensor]:
-    """A tensor under the name that its adapter uses: some OPT checkpoints leave out the leading `model.`."""
-    name, tensor = named
-    return (f"model.{name}" if architecture.family == "opt" and name.startswith("decoder.") else name), tensor
-
-
 def _sorted_out(architecture: Architecture, tensors: dict[str, Tensor]) -> tuple[dict[str, Dense], dict[str, Tensor]]:
     """Split tensors into matrices and vectors, each checked against the config; whatever is left over is refused."""
     shapes = adapters.find(architecture.family).shapes(architecture)
@@ -158,19 +137,19 @@ def _sorted_out(architecture: Architecture, tensors: dict[str, Tensor]) -> tuple
     vectors = {name: _take(tensors, name, (length,)) for name, length in shapes.tensors.items()}
     optional = {name: length for name, length in shapes.optional.items() if name in tensors}
     vectors |= {name: _take(tensors, name, (length,)) for name, length in optional.items()}
-    if architecture.tied:
-        _drop_tied_head(tensors, weights[adapters.find(architecture.family).EMBEDDING])
-    left = sorted(name for name in tensors if not re.search(r"rotary_emb\.inv_freq$", name))
-    if left:
+    adapter = adapters.find(architecture.family)
+    if architecture.tied and adapter.HEAD:
+        _drop_tied_head(tensors, f"{adapter.HEAD}.weight", weights[adapter.EMBEDDING])
+    if left := sorted(name for name in tensors if not name.startswith(shapes.unread)):
         raise CheckpointError(f"tensors that a {architecture.family} model does not have: {', '.join(left[:5])}")
     return weights, vectors
 
 
-def _drop_tied_head(tensors: dict[str, Tensor], embedding: Dense) -> None:
+def _drop_tied_head(tensors: dict[str, Tensor], name: str, embedding: Dense) -> None:
     """A tied head that is stored all the same is the embedding again; one that is not would be ignored."""
-    head = tensors.pop("lm_head.weight", None)
+    head = tensors.pop(name, None)
     if head is not None and not torch.equal(head, embedding.values):
-        raise CheckpointError("lm_head.weight is not the embedding, though config.json says tie_word_embeddings")
+        raise CheckpointError(f"{name} is not the embedding, though config.json says tie_word_embeddings")
 
 
 def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

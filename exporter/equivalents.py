@@ -135,12 +135,20 @@ def _groups(weight: LowBit) -> list[int]:
 def _widened(weight: LowBit, bits: int) -> LowBit:
     """Codes of more bits, moved so that the middle stays the middle; zero points that are halves become whole."""
     zeros = weight.zeros
-    has_halves = not zeros.is_meta and bool((zeros * 2 % 1 == 0).all() and (zeros % 1 != 0).any())
-    if has_halves:  # s (c - z) = s/2 (2c - 2z): twice the codes, around 2^b - 1
+    if _has_halves(weight):  # s (c - z) = s/2 (2c - 2z): twice the codes, around 2^b - 1
         shift = 2 ** (bits - 1) - 2**weight.bits + 1
         return LowBit(weight.codes * 2 + shift, weight.scales / 2, zeros * 2 + shift, bits, weight.group)
     shift = 2 ** (bits - 1) - 2 ** (weight.bits - 1)
-    return LowBit(weight.codes + shift, weight.scales, zeros + shift, bits, weight.group)
+    is_unknown = zeros.is_meta and not weight.has_whole_zeros
+    return LowBit(weight.codes + shift, weight.scales, zeros + shift, bits, weight.group, fractional=is_unknown)
+
+
+def _has_halves(weight: LowBit) -> bool:
+    """Whether zero points are halves, some or all, and none is finer; of placeholders, the single one of 1 bit."""
+    zeros = weight.zeros
+    if zeros.is_meta:
+        return weight.bits == 1 and zeros.shape == (1, 1)
+    return bool((zeros * 2 % 1 == 0).all() and (zeros % 1 != 0).any())
 
 
 def _regrouped(weight: LowBit, group: int) -> LowBit:
@@ -158,8 +166,7 @@ def _regrouped(weight: LowBit, group: int) -> LowBit:
 def _filled(weight: Sparse, kept: LowBit) -> LowBit | None:
     """N:M codes with the zero point at pruned places: exact where zero points are whole numbers."""
     zeros = kept.zeros
-    is_code = zeros.is_meta or bool(((zeros % 1 == 0) & (zeros >= 0) & (zeros < 2**kept.bits)).all())
-    if not is_code or kept.group * weight.m % weight.n or kept.group % weight.n:
+    if not kept.has_whole_zeros or kept.group * weight.m % weight.n or kept.group % weight.n:
         return None
     group = kept.group * weight.m // weight.n
     codes = zeros.to(torch.uint8).expand(weight.shape[0], zeros.shape[1])

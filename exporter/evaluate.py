@@ -87,13 +87,14 @@ def perplexity(
         report: Told the fraction done.
 
     Raises:
-        PocketError: a window is longer than the context.
+        PocketError: it is an encoder, or a window is longer than the context.
         CheckFailedError: logits are not finite.
     """
-    _require_room(session, windows.shape[1])
+    _require_decoder(session)
+    require_room(session, windows.shape[1])
     total = 0.0
     for index, window in enumerate(windows):
-        likelihood = _finite(_run(session, window.tolist()), f"window {index}").log_softmax(-1)  # [length, vocab]
+        likelihood = finite(whole_text(session, window.tolist()), f"window {index}").log_softmax(-1)  # [length, vocab]
         total -= float(likelihood[:-1].gather(1, window[1:, None]).sum())
         report((index + 1) / len(windows))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
@@ -110,16 +111,18 @@ def agreement(reference: Session, candidate: Session, windows: Tensor) -> Agreem
         windows: [windows, length], token ids.
 
     Raises:
-        PocketError: a window is longer than a context.
+        PocketError: one is an encoder, or a window is longer than a context.
         CheckFailedError: logits are not finite, or the two have other vocabularies.
     """
     distances = []
+    _require_decoder(reference)
+    _require_decoder(candidate)
     for index, window in enumerate(windows):
-        _require_room(reference, len(window))
-        _require_room(candidate, len(window))
-        right = _finite(_run(reference, window.tolist()), f"window {index} of the reference")
-        other = _finite(_run(candidate, window.tolist()), f"window {index} of the candidate")
-        _require_shape(other, right)
+        require_room(reference, len(window))
+        require_room(candidate, len(window))
+        right = finite(whole_text(reference, window.tolist()), f"window {index} of the reference")
+        other = finite(whole_text(candidate, window.tolist()), f"window {index} of the candidate")
+        require_shape(other, right)
         distances.append(_distance(right, other))
     tokens = windows.numel()
     kl, top1 = (sum(getattr(d, name) for d in distances) / len(distances) for name in ("kl", "top1"))
@@ -144,10 +147,10 @@ def compare(
     """
     tokens = list(greedy(reference, prompt, new_tokens))
     text = [*prompt, *tokens[:-1]]
-    right = _finite(_run(reference, text), "the model")  # [positions, vocab]
-    prefill, decode = _run(candidate, text), _prefill_and_decode(candidate, text, len(prompt))
+    right = finite(whole_text(reference, text), "the model")  # [positions, vocab]
+    prefill, decode = whole_text(candidate, text), _prefill_and_decode(candidate, text, len(prompt))
     for logits in (prefill, decode):
-        _require_shape(logits, right)
+        require_shape(logits, right)
     distances = {"prefill": _distance(right, prefill), "decode": _distance(right, decode)}
     apart = _distance(prefill, decode)
     own = list(greedy(candidate, prompt, new_tokens))
@@ -188,14 +191,14 @@ def golden(session: Session, prompt: Sequence[int], new_tokens: int, budget: Bud
     """
     tokens = list(greedy(session, prompt, new_tokens))
     text = [*prompt, *tokens[:-1]]
-    rows = _finite(_prefill_and_decode(session, text, len(prompt)), "the model")[len(prompt) - 1 :]
+    rows = finite(_prefill_and_decode(session, text, len(prompt)), "the model")[len(prompt) - 1 :]
     largest = rows.topk(min(top, rows.shape[1]))
     return Golden(
         prompt=list(prompt),
         tokens=tokens,
         top=largest.indices.tolist(),
         logits=largest.values.tolist(),
-        tolerance=float(_spread(rows, budget).max()),
+        tolerance=float(spread(rows, budget).max()),
     )
 
 
@@ -215,7 +218,7 @@ def _distance(right: Tensor, other: Tensor) -> _Distance:
     broken = ~(right.isfinite() & other.isfinite()).all(-1)
     if bool(broken.any()):
         return _Distance(math.inf, math.inf, int(broken.int().argmax()), math.inf, 0.0)
-    relative = _relative_l2(right, other)
+    relative = relative_l2(right, other)
     likely, guess = right.log_softmax(-1), other.log_softmax(-1)
     kl = (likely.exp() * (likely - guess)).sum(-1).mean().clamp(min=0)  # below 0 by rounding only
     same = (right.argmax(-1) == other.argmax(-1)).double().mean()
@@ -223,7 +226,7 @@ def _distance(right: Tensor, other: Tensor) -> _Distance:
     return _Distance(float(largest), float(relative.max()), int(relative.argmax()), float(kl), float(same))
 
 
-def _relative_l2(right: Tensor, other: Tensor) -> Tensor:
+def relative_l2(right: Tensor, other: Tensor) -> Tensor:
     """|other - right| / |right| per row, 0 for two rows of zeros."""
     error = (other - right).norm(dim=-1)
     return torch.where(error == 0, error, error / right.norm(dim=-1))
@@ -240,7 +243,7 @@ def _divergence(tokens: list[int], own: list[int], right: Tensor, budget: Budget
     for position, (ours, theirs) in enumerate(zip(tokens, own)):
         if ours != theirs:
             row = right[position]
-            gap, allowed = float(row[ours] - row[theirs]), math.sqrt(2) * float(_spread(row, budget))
+            gap, allowed = float(row[ours] - row[theirs]), math.sqrt(2) * float(spread(row, budget))
             return Divergence(
                 position=position, reference_token=ours, candidate_token=theirs, reference_gap=gap,
                 allowed_gap=allowed, is_tie=gap <= allowed,
@@ -248,7 +251,7 @@ def _divergence(tokens: list[int], own: list[int], right: Tensor, budget: Budget
     return None
 
 
-def _spread(rows: Tensor, budget: Budget) -> Tensor:
+def spread(rows: Tensor, budget: Budget) -> Tensor:
     """How far one logit may lie off where a budget-sized error is spread evenly: [..., vocab] to [...]."""
     return DEVIATIONS * budget.relative_l2 * rows.square().mean(-1).sqrt()
 
@@ -270,7 +273,7 @@ def _unexplained(divergence: Divergence | None) -> Iterator[str]:
         yield f"greedy text: {tokens} at {divergence.position}; {gap}"
 
 
-def _run(session: Session, tokens: Sequence[int]) -> Tensor:
+def whole_text(session: Session, tokens: Sequence[int]) -> Tensor:
     """Logits after each token of a text, in one step: [tokens, vocab], float64."""
     session.reset()
     return session.step(tokens).double()
@@ -283,17 +286,37 @@ def _prefill_and_decode(session: Session, tokens: Sequence[int], prompt: int) ->
     return torch.cat([step.double() for step in steps])
 
 
-def _finite(logits: Tensor, whose: str) -> Tensor:
+def finite(logits: Tensor, whose: str) -> Tensor:
+    """The same numbers.
+
+    Raises:
+        CheckFailedError: one is not finite.
+    """
     if not bool(logits.isfinite().all()):
         raise CheckFailedError(f"logits of {whose} are not finite; its weights or activations overflow")
     return logits
 
 
-def _require_shape(logits: Tensor, right: Tensor) -> None:
+def require_shape(logits: Tensor, right: Tensor) -> None:
+    """Refuse numbers of another shape than the model's.
+
+    Raises:
+        CheckFailedError: they are.
+    """
     if logits.shape != right.shape:
         raise CheckFailedError(f"logits are {list(logits.shape)}; the model's are {list(right.shape)}")
 
 
-def _require_room(session: Session, tokens: int) -> None:
+def _require_decoder(session: Session) -> None:
+    if not session.causal:
+        raise PocketError("an encoder predicts no tokens: compare its hidden states with a reference's instead")
+
+
+def require_room(session: Session, tokens: int) -> None:
+    """Refuse more tokens than a session's context.
+
+    Raises:
+        PocketError: they are.
+    """
     if tokens > session.context:
         raise PocketError(f"{tokens} tokens do not fit the context of {session.context}; take shorter windows")

@@ -86,11 +86,76 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What a decoder is, apart from its numbers.
+class Vision:
+    """What looks at the pictures of a multimodal model: a vision transformer over patches, then two matrices.
 
     Args:
-        family: The adapter that writes it in verbs (`llama`, `opt`).
+        size: Pixels of a picture's side; pictures are square.
+        channels: Of a pixel.
+        patch: Pixels of a patch's side; divides `size`.
+        hidden: Channels of the vision transformer.
+        layers: Its layers, up to the one whose output is projected.
+        heads: Of its attention; divides `hidden`.
+        mlp: Channels between its MLP's matrices.
+        activation: Of its MLP: `quick_gelu` or any of a decoder's.
+        norm_eps: Of its norms.
+        projector: The activation between the projecting matrices.
+        keeps_class: The class token, which stands before the patches, is projected too.
+        token: The token that stands for a piece of a picture in a text.
+        unread: Layers of the checkpoint behind these, which nothing reads.
+    """
+
+    size: int
+    channels: int
+    patch: int
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    activation: str
+    norm_eps: float
+    projector: str
+    keeps_class: bool
+    token: int
+    unread: int = 0
+
+    def __post_init__(self) -> None:
+        widths = (self.size, self.channels, self.patch, self.hidden, self.heads, self.mlp)
+        _require(all(1 <= width <= LARGEST for width in widths), f"vision widths {widths} are not from 1 to {LARGEST}")
+        _require(self.size % self.patch == 0, f"pictures of {self.size} pixels are no whole patches of {self.patch}")
+        _require(self.hidden % self.heads == 0, f"{self.hidden} vision channels are no multiple of {self.heads} heads")
+        _require(self.patches <= LARGEST, f"a picture of {self.patches} patches has more than {LARGEST}")
+        counts = (self.layers, self.unread)
+        _require(all(0 <= count <= 4096 for count in counts), f"vision layers {counts} are not from 0 to 4096")
+        _require(0 < self.norm_eps < math.inf, f"vision norm epsilon {self.norm_eps:g} is not a number over 0")
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Places that a picture takes in a text."""
+        return self.patches + self.keeps_class
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers of a patch."""
+        return self.channels * self.patch**2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a picture: channels, height, width."""
+        return self.channels, self.size, self.size
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model is, apart from its numbers.
+
+    Args:
+        family: The adapter that writes it in verbs (`llama`, `opt`, `bert`, `llava`).
         vocab: Tokens.
         hidden: Channels of the residual stream.
         positions: Longest context, in tokens.
@@ -101,6 +166,10 @@ class Architecture:
         tied: The embedding is the head too.
         bos: First token of a text, or None.
         eos: Tokens that end a text.
+        causal: A decoder, which gives logits and goes on token after token; False: an encoder, which sees a whole text
+            and gives hidden states.
+        vision: What looks at pictures, or None where the model only reads.
+        config: The checkpoint's config.json, where only transformers knows the family; then nothing is cached.
     """
 
     family: str
@@ -114,6 +183,9 @@ class Architecture:
     tied: bool
     bos: int | None = None
     eos: tuple[int, ...] = ()
+    causal: bool = True
+    vision: Vision | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
         widths = (self.vocab, self.hidden, self.positions)
@@ -123,6 +195,13 @@ class Architecture:
         special = (*self.eos, *(() if self.bos is None else (self.bos,)))
         wrong = [token for token in special if not 0 <= token < self.vocab]
         _require(not wrong, f"BOS or EOS token {wrong[:1]} is none of a vocabulary of {self.vocab}")
+        token = 0 if self.vision is None else self.vision.token
+        _require(0 <= token < self.vocab, f"image token {token} is none of a vocabulary of {self.vocab}")
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the model gives at every position: logits of a decoder, channels of an encoder."""
+        return self.vocab if self.causal else self.hidden
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar, assert_never
 
 from torch import Tensor
 
+from exporter.errors import TargetError
 from exporter.model import Model, Rope
 from exporter.weights import Dense, LowBit, Product, Shared, Sparse, Sum, Weight
 
@@ -100,7 +101,7 @@ class Ops(ABC, Generic[T]):
 
     @abstractmethod
     def activation(self, x: T, name: str) -> T:
-        """`silu`, `gelu` (exact), `gelu_tanh` or `relu`."""
+        """`silu`, `gelu` (exact), `gelu_tanh` or `relu`; of a vision tower `x * sigmoid(1.702 x)` too, `quick_gelu`."""
 
     @abstractmethod
     def add(self, x: T, y: T) -> T:
@@ -121,6 +122,28 @@ class Ops(ABC, Generic[T]):
         q is [batch, tokens, heads * head_dim], k [.., kv_heads * head_dim], v [.., kv_heads * value_dim]; the result
         [batch, tokens, heads * value_dim]. Query head h reads key and value head h // (heads / kv_heads).
         """
+
+    # ---- pictures: only an implementation that is shown any says these ------------------------------------------
+
+    def patches(self, pixels: T, size: int) -> T:
+        """Pixels [batch, channels, height, width] to patches [batch, count, channels * size^2], row by row."""
+        raise _no_pictures(self)
+
+    def prepend(self, x: T, name: str) -> T:
+        """`x` with one more token before it: a tensor of the model, by its full name."""
+        raise _no_pictures(self)
+
+    def add_rows(self, x: T, site: str) -> T:
+        """`x` [batch, tokens, channels] plus a site's matrix, which has a row a token."""
+        raise _no_pictures(self)
+
+    def skip(self, x: T, tokens: int) -> T:
+        """`x` without its first tokens."""
+        raise _no_pictures(self)
+
+    def merge_pictures(self, x: T, ids: T, seen: T, token: int) -> T:
+        """`x` with what is seen [batch, places, channels] in place of the rows where `ids` are `token`, in order."""
+        raise _no_pictures(self)
 
     # ---- composites -------------------------------------------------------------------------------------------
 
@@ -158,3 +181,7 @@ class Ops(ABC, Generic[T]):
             return self.linear(self.activation(up, activation), sites.down)
         gate = self.activation(self.linear(x, sites.gate), activation)
         return self.linear(self.mul(gate, up), sites.down)
+
+
+def _no_pictures(ops: Ops[T]) -> TargetError:
+    return TargetError(f"{type(ops).__name__} shows no pictures; run the model in torch, or export one that only reads")

@@ -20,6 +20,16 @@ def packed_width(columns: int, bits: int) -> int:
     return -(-columns * bits // 8)
 
 
+def check_width(width: int, bits: int, columns: int) -> None:
+    """Refuse a packed row of another width than `columns` values take.
+
+    Raises:
+        WeightError: says how many bytes they take.
+    """
+    if width != packed_width(columns, bits):
+        raise WeightError(f"{columns} values of {bits} bits take {packed_width(columns, bits)} bytes, not {width}")
+
+
 def pack(values: Bytes, bits: int) -> Bytes:
     """Pack small integers, each row into whole bytes.
 
@@ -54,10 +64,7 @@ def unpack(packed: Bytes, bits: int, columns: int) -> Bytes:
     Raises:
         WeightError: the rows have not the bytes that `columns` values take.
     """
-    if packed.shape[-1] != packed_width(columns, bits):
-        raise WeightError(
-            f"{columns} values of {bits} bits take {packed_width(columns, bits)} bytes, not {packed.shape[-1]}"
-        )
+    check_width(packed.shape[-1], bits, columns)
     stream = np.unpackbits(packed, axis=-1, count=columns * bits, bitorder="little")
     planes = stream.reshape(*packed.shape[:-1], columns, bits)
     return np.packbits(planes, axis=-1, bitorder="little")[..., 0]

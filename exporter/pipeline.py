@@ -13,21 +13,24 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
 
+import torch
+
+from exporter import adapters, calibrate, checking, checkpoint, pictures, plugins, store, tokenizer
 from exporter import artifact as artifacts
-from exporter import calibrate, checking, checkpoint, plugins, store, tokenizer
 from exporter import compress as methods
 from exporter import recipe as recipes
 from exporter.artifact import Artifact
 from exporter.calibrate import Samples
 from exporter.checking import Outcome
 from exporter.compress.step import Unkept
-from exporter.errors import CheckpointError, OutputError, TargetError
+from exporter.errors import CheckpointError, OutputError, RecipeError, TargetError
+from exporter.journal import FolderJournal
 from exporter.model import Model
 from exporter.recipe import Recipe
 from exporter.stages import Workshop, abandoned_on_error, code_version, key_of
@@ -40,6 +43,7 @@ SAMPLE = Path(__file__).parent / "builtin" / "calibration.txt"
 MODEL = "model"
 REPORT = "report.json"
 LARGEST_TEXT = 256 * 2**20  # bytes
+DEVICES = ("cpu", "cuda")
 CONTEXT = 2048  # tokens, unless asked otherwise or the model has fewer
 
 Report = Callable[[float], None]  # takes the fraction that is done
@@ -75,6 +79,7 @@ class Job:
         out: Output folder.
         recipe: Steps, maybe none.
         context: Longest context in tokens, or None for the model's own up to 2048.
+        device: Where steps are worked out: `cpu` or `cuda`.
     """
 
     model: str
@@ -82,6 +87,7 @@ class Job:
     out: Path
     recipe: Recipe = field(default_factory=Recipe)
     context: int | None = None
+    device: str = "cpu"
 
 
 def load(name: str) -> Model:
@@ -96,9 +102,19 @@ def load(name: str) -> Model:
     if not folder.is_dir():
         raise CheckpointError(f"{name} is a file; give the folder that it lies in")
     model = store.load(folder) if store.is_stored(folder) else checkpoint.load(folder)
-    if tokenizer.FILE in model.files:
-        tokenizer_of(model)  # a damaged one is told before the work
-    return model
+    return _with_frame(model) if tokenizer.FILE in model.files else model
+
+
+def is_generic(name: str) -> bool:
+    """Whether only transformers knows a model; False for what is no model at all, which `load` tells."""
+    folder = BUILTIN_FOLDER if name == BUILTIN else Path(name)
+    path = folder / (store.MANIFEST if store.is_stored(folder) else "config.json")
+    if not path.is_file():
+        return False
+    said = checkpoint.read_json(path, "")
+    architecture = said.get("architecture")
+    family = architecture.get("family") if isinstance(architecture, dict) else said.get("model_type")
+    return family not in adapters.FAMILIES
 
 
 def tokenizer_of(model: Model) -> Tokenizer:
@@ -110,13 +126,30 @@ def tokenizer_of(model: Model) -> Tokenizer:
     return Tokenizer(model.files, model.architecture.bos, model.architecture.vocab)
 
 
+def _with_frame(model: Model) -> Model:
+    """The model with the tokens that its tokenizer puts around texts ([CLS], [SEP]); an encoder's config is silent.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read; it is told before the work.
+    """
+    frame, architecture = tokenizer_of(model).frame, model.architecture
+    if architecture.causal or architecture.bos is not None or len(frame) != 2:
+        return model
+    return replace(model, architecture=replace(architecture, bos=frame[0], eos=(frame[1],)))
+
+
 def recipe(path: str | Path) -> Recipe:
     """Read a recipe file."""
     return recipes.load(Path(path))
 
 
 def compress(model: Model, recipe: Recipe, watch: Watch | None = None) -> Model:
-    """Follow a recipe, in memory."""
+    """Follow a recipe, in memory.
+
+    Raises:
+        RecipeError: a step does not fit what the steps before it will leave; it is told before any of them works.
+    """
+    predict(model, recipe)
     samples = calibration_samples(model, recipe)
     for step in recipe.steps:
         with (watch or Unwatched()).stage(step_name(step)) as report, fitting_threads(model.parameters):
@@ -154,7 +187,8 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
         plugins.require_back_end(plugins.target(name))
     ahead = prospect(job)
     model, samples = ahead.source, ahead.samples
-    key = key_of(model.provenance.digest, code_version("exporter"), model.provenance.steps, _fingerprint(samples))
+    code = code_version("exporter"), torch.__version__, job.device
+    key = key_of(model.provenance.digest, code, model.provenance.steps, _fingerprint(samples))
     job_key = {
         "model": key,
         "recipe": job.recipe.model_dump(mode="json"),
@@ -163,7 +197,7 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
     }
     workshop = Workshop(job.out, job_key)
     with abandoned_on_error(workshop):
-        road = _compressed(workshop, _Road(model, key, watch), job.recipe, samples)
+        road = _compressed(workshop, _Road(model, key, watch, job.device), job.recipe, samples)
         return _finish(workshop, road, job.targets, job.context)
 
 
@@ -188,8 +222,10 @@ def prospect(job: Job) -> Prospect:
     """Look ahead: everything that is wrong with a job is told here, before the work.
 
     Raises:
-        PocketError: the model, text, recipe or context cannot be used, or a target cannot take the result.
+        PocketError: the device is not there, the model, text, recipe or context cannot be used, or a target cannot take
+            the result.
     """
+    require_device(job.device)
     source = load(job.model)
     samples = calibration_samples(source, job.recipe)
     model, context = predict(source, job.recipe), context_of(source, job.context)
@@ -198,6 +234,18 @@ def prospect(job: Job) -> Prospect:
     for name, plan in plans.items():
         refuse_wasted_bits(targets[name], plan)
     return Prospect(source, samples, model, plans)
+
+
+def require_device(name: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        RecipeError: it is none of `DEVICES`, or torch finds no such device.
+    """
+    if name not in DEVICES:
+        raise RecipeError(f"no device named {name!r}; devices: {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"torch {torch.__version__} finds no CUDA device here; leave out --device, or use cpu")
 
 
 def refuse_wasted_bits(target: plugins.Target, plan: plugins.Plan) -> None:
@@ -250,30 +298,43 @@ def wants_text(recipe: Recipe) -> bool:
 
 
 def calibration_samples(model: Model, recipe: Recipe) -> Samples | None:
-    """Windows of tokens for the steps that want them, or None."""
+    """Windows of tokens, and of pictures where the text is JSON lines that name them, for the steps that want them."""
     if not wants_text(recipe):
         return None
     asked, bos = recipe.calibration, model.architecture.bos
     length = min(asked.length, model.architecture.positions)
+    if asked.text is not None and Path(asked.text).suffix == pictures.SUFFIX:
+        return _pictured_samples(model, Path(asked.text), asked, length)
     text = read_text(SAMPLE if asked.text is None else Path(asked.text))
     tokens, validation = calibrate.split(tokenizer_of(model).encode_plain(text), asked.validation, length, bos)
-    return Samples(calibrate.windows(tokens, asked.windows, length, asked.seed, bos), validation=validation)
+    drawn = calibrate.windows(tokens, asked.windows, length, asked.seed, bos)
+    return Samples(
+        calibrate.framed(drawn, model.architecture),
+        validation=None if validation is None else calibrate.framed(validation, model.architecture),
+    )
+
+
+def _pictured_samples(model: Model, path: Path, asked: recipes.CalibrationText, length: int) -> Samples:
+    if asked.validation:
+        raise RecipeError(f"{path}: validation windows are cut off a text, and these are pictures; give text, or none")
+    return pictures.read(path, model, asked.windows, length, asked.seed)
 
 
 def step_name(step: Any) -> str:
     """A step for people: its kind and what matters most."""
     config = step.model_dump(mode="json")
-    shown = [f"{config[name]}" for name in ("algorithm", "sparsity", "bits") if name in config]
+    shown = [f"{config[name]}" for name in ("algorithm", "sparsity", "bits") if config.get(name) is not None]
     return " ".join([config["kind"], *shown])
 
 
 @dataclass(frozen=True)
 class _Road:
-    """A model on its way: the model, the hash of how it came about, who watches, and where it is saved already."""
+    """A model on its way: the model, the hash of how it came about, who watches, the device, where it is saved."""
 
     model: Model
     key: str
     watch: Watch
+    device: str = "cpu"
     saved: Path | None = None
 
 
@@ -281,16 +342,19 @@ def _compressed(workshop: Workshop, road: _Road, recipe: Recipe, samples: Sample
     """Follow a recipe, a stage per step."""
     for index, step in enumerate(recipe.steps):
         key = key_of(road.key, step.model_dump(mode="json"))
-        folder, was_there = workshop.stage(f"step{index}-{step.kind}", key, partial(_make_step, road, step, samples))
+        make = partial(_make_step, road, step, samples, workshop.journal(key))
+        folder, was_there = workshop.stage(f"step{index}-{step.kind}", key, make)
         if was_there:
             road.watch.found(step_name(step))
-        road = _Road(store.load(folder), key, road.watch, folder)  # as saved: a resumed run sees the same numbers
+        saved = store.load(folder)  # as saved: a resumed run sees the same numbers
+        road = replace(road, model=saved, key=key, saved=folder)
     return road
 
 
-def _make_step(road: _Road, step: Any, samples: Samples | None, folder: Path) -> None:
+def _make_step(road: _Road, step: Any, samples: Samples | None, kept: Path, folder: Path) -> None:
+    """Run a step into an empty folder; what it finishes on the way lies in `kept`, and is taken up from there."""
     with road.watch.stage(step_name(step)) as report, fitting_threads(road.model.parameters):
-        store.save(methods.run(road.model, step, samples, Unkept(report)), folder)
+        store.save(methods.run(road.model, step, samples, FolderJournal(kept, report, road.device)), folder)
 
 
 def _finish(workshop: Workshop, road: _Road, targets: Sequence[str], context: int | None) -> list[Outcome]:

@@ -24,15 +24,24 @@ TARGETS, PHONES = "pocket.targets", "pocket.phones"
 
 
 class Session(Protocol):
-    """A model or an artifact that runs, token after token."""
+    """A model or an artifact that runs: a decoder token after token, an encoder one whole text after each reset.
+
+    Attributes:
+        context: Longest text, in tokens.
+        causal: Whether it is a decoder.
+    """
 
     context: int
+    causal: bool
 
     def reset(self) -> None:
         """Forget every token."""
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append tokens; returns the logits after each of them, [tokens, vocab], float."""
+        """Append tokens; returns the logits after each of them, [tokens, vocab], float.
+
+        An encoder takes a whole text, and returns its hidden states, [tokens, hidden].
+        """
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,32 @@ def require_back_end(target: Target) -> None:
     for module in target.modules:
         if find_spec(module) is None:
             raise BackendMissingError(f"target {target.name}", module, target.extra)
+
+
+def refuse_pictures(target: str, model: Model) -> None:
+    """What a target says first where nothing of it shows pictures.
+
+    Raises:
+        TargetError: the model sees pictures.
+    """
+    if model.architecture.vision is not None:
+        raise TargetError(
+            f"{target} cannot take a {model.architecture.family} model: it shows no pictures; no target does yet, so "
+            "compress and evaluate this model in torch"
+        )
+
+
+def refuse_generic(target: str, model: Model) -> None:
+    """What a target says first where it cannot take torch code, but only models that are written in verbs.
+
+    Raises:
+        TargetError: only transformers knows the model.
+    """
+    if model.architecture.config is not None:
+        raise TargetError(
+            f"{target} cannot take a model that only transformers knows: it writes its own graph, and this model is "
+            "torch code; executorch-android takes it"
+        )
 
 
 def phone(name: str) -> Phone:

@@ -70,8 +70,9 @@ def prompt(artifact: Artifact, tokens: int) -> tuple[int, ...]:
     """A prompt of that many tokens: the artifact's golden text, over and over.
 
     Raises:
-        PocketError: the artifact's context is shorter.
+        PocketError: the artifact is an encoder, or its context is shorter.
     """
+    _require_decoder(artifact)
     if tokens > artifact.model.context:
         raise PocketError(f"{tokens} prompt tokens do not fit the artifact's context of {artifact.model.context}")
     return tuple(islice(cycle([*artifact.golden.prompt, *artifact.golden.tokens]), tokens))
@@ -89,7 +90,7 @@ def measure(folder: Path, phone: Phone, job: Job) -> Measurement:
         ArtifactError: the folder is not what its artifact.json says.
         CheckFailedError: its outputs on the phone are not its golden ones; nothing was timed.
         PhoneError: the phone lost the run, or sent back something else than samples of this job.
-        PocketError: the job does not fit the artifact.
+        PocketError: the artifact is an encoder, or the job does not fit it.
     """
     artifact = artifacts.load(folder)
     artifacts.verify_files(folder, artifact)
@@ -117,7 +118,13 @@ def measure(folder: Path, phone: Phone, job: Job) -> Measurement:
     )
 
 
+def _require_decoder(artifact: Artifact) -> None:
+    if not artifact.model.causal:
+        raise PocketError("this artifact is an encoder; what is measured is how a decoder goes on from a prompt")
+
+
 def _require_fit(artifact: Artifact, job: Job) -> None:
+    _require_decoder(artifact)
     context, vocab = artifact.model.context, artifact.model.vocab
     if len(job.prompt) + job.new_tokens > context:
         wanted = f"{len(job.prompt)} prompt tokens and {job.new_tokens} new ones"

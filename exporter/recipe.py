@@ -5,17 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from exporter.artifact import Record
+from exporter.compress.adapruner import AdaPrunerConfig, require_windows
+from exporter.compress.casp import CaspConfig
 from exporter.compress.fasp import FaspConfig
+from exporter.compress.pbs2p import Pbs2pConfig
 from exporter.compress.quantize import QuantizeConfig
+from exporter.compress.recovery import LoraConfig
+from exporter.compress.swsc import SwscConfig
 from exporter.errors import RecipeError
 
-Step = Annotated[FaspConfig | QuantizeConfig, Field(discriminator="kind")]
+Step = Annotated[
+    AdaPrunerConfig | CaspConfig | FaspConfig | LoraConfig | Pbs2pConfig | QuantizeConfig | SwscConfig,
+    Field(discriminator="kind"),
+]
 
 LARGEST_RECIPE = 2**18  # bytes
 
@@ -39,7 +47,8 @@ class _Loader(yaml.SafeLoader):
 class CalibrationText(Record):
     """The text that calibrated steps see.
 
-    `text` is a file, relative to the recipe's folder; without it, the sample that ships with the built-in model.
+    `text` is a file, relative to the recipe's folder; without it, the sample that ships with the built-in model. For a
+    multimodal model it may be JSON lines (`.jsonl`), each of a picture and its text: one gives one window.
     `windows` pieces of `length` tokens are drawn from it at places that `seed` decides. Steps that search want
     `validation` pieces too: they are cut off the end of the text first.
     """
@@ -57,6 +66,14 @@ class Recipe(Record):
     version: Literal[1] = 1
     calibration: CalibrationText = CalibrationText()
     steps: tuple[Step, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_text_to_search_on(self) -> Self:
+        """A step that searches is refused here, in front of the others' work, where its text is not asked for."""
+        for step in self.steps:
+            if isinstance(step, AdaPrunerConfig):
+                require_windows(step, self.calibration.windows, self.calibration.validation)
+        return self
 
 
 def load(path: Path) -> Recipe:
@@ -118,7 +135,15 @@ def _explain(error: ValidationError) -> str:
 
 def _keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys that would be right where `location` ends in a wrong one."""
-    kinds: dict[str, type[BaseModel]] = {"fasp": FaspConfig, "quantize": QuantizeConfig}
+    kinds: dict[str, type[BaseModel]] = {
+        "adapruner": AdaPrunerConfig,
+        "casp": CaspConfig,
+        "fasp": FaspConfig,
+        "lora": LoraConfig,
+        "pbs2p": Pbs2pConfig,
+        "quantize": QuantizeConfig,
+        "swsc": SwscConfig,
+    }
     holder: type[BaseModel] = Recipe
     if location[0] == "calibration" and len(location) > 1:
         holder = CalibrationText

@@ -1,7 +1,8 @@
 """Content-addressed stages: a kill at any moment loses at most the stage under way.
 
 A stage's folder is written under a temporary name and renamed when it is whole. Its name holds a hash of everything
-that it depends on, so that the same work is found again, and other work is not.
+that it depends on, so that the same work is found again, and other work is not. A long stage keeps what it has finished
+in a journal of its own (`journal.py`): then a kill loses at most the layer under way.
 """
 
 from __future__ import annotations
@@ -71,13 +72,27 @@ class Workshop:
             The folder, and whether it was there already.
         """
         folder = self._work / f"{name}-{key}"
-        if folder.is_dir():
-            return folder, True
-        fresh = Path(tempfile.mkdtemp(prefix="making-", dir=self._work))
-        make(fresh)
-        fresh.chmod(0o755)
-        fresh.rename(folder)
-        return folder, False
+        was_there = folder.is_dir()
+        if not was_there:
+            fresh = Path(tempfile.mkdtemp(prefix="making-", dir=self._work))
+            make(fresh)
+            fresh.chmod(0o755)
+            fresh.rename(folder)
+        shutil.rmtree(self._journal(key), ignore_errors=True)  # the stage is whole
+        return folder, was_there
+
+    def journal(self, key: str) -> Path:
+        """A folder for what the making of a stage has finished: it outlives a kill, and goes when the stage is whole.
+
+        Args:
+            key: The stage's.
+        """
+        folder = self._journal(key)
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _journal(self, key: str) -> Path:
+        return self._work / f"journal-{key}"
 
     def publish(self, folder: Path, name: str) -> Path:
         """Move a finished stage to its final name; already there where a killed run came this far."""

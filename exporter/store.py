@@ -2,10 +2,11 @@
 
     model/
       pocket.json          format version, architecture, trees (which leaf is where), provenance
-      weights.safetensors  leaves; codes and places packed in as few bits as they need
+      weights.safetensors  leaves; codes, and patterns of what is kept, packed in as few bits as they need
       files/               tokenizer.json and the like
 
-No pickle. Reading checks the JSON against the tensors before anything is unpacked.
+No pickle. Reading checks the JSON against the tensors before anything is unpacked. A model that was read lies in its
+file: a matrix takes memory while it is looked at, codes and places stay packed.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from exporter import adapters, packing
+from exporter import adapters, mapped, packing
 from exporter.checkpoint import LARGEST_JSON, open_tensors, read_json
 from exporter.errors import CheckpointError, PocketError, WeightError
+from exporter.mapped import Leaf, leaf
+from exporter.maths.pruning import pattern_numbers, pattern_places, patterns_of
 from exporter.model import Architecture, Model, Provenance
-from exporter.weights import Dense, LowBit, Product, Shared, Sparse, Sum, Weight
+from exporter.weights import Dense, LowBit, Packed, Product, Shared, Sparse, Sum, Weight, as_held
 
 MANIFEST, WEIGHTS, FILES = "pocket.json", "weights.safetensors", "files"
 FORMAT_VERSION = 1
 DEEPEST = 16  # levels of a weight tree
+AT_ONCE = 2**22  # codes that are packed or unpacked together
 
 Tree = dict[str, Any]
 
@@ -41,11 +44,9 @@ def is_stored(folder: Path) -> bool:
 
 
 def save(model: Model, folder: Path) -> None:
-    """Write a model into an existing empty folder: the same model gives the same bytes."""
-    tensors: dict[str, Tensor] = {f"tensor/{name}": tensor.contiguous() for name, tensor in model.tensors.items()}
-    trees = {site: _write(weight, f"weight/{site}", tensors) for site, weight in sorted(model.weights.items())}
-    save_file(_apart(tensors), folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # the library writes for its owner alone
+    """Write a model into an existing empty folder, leaf by leaf: the same model gives the same bytes."""
+    trees, leaves = taken_apart(model.weights, model.tensors)
+    mapped.write(folder / WEIGHTS, leaves)
     manifest = {
         "format_version": FORMAT_VERSION,
         "architecture": asdict(model.architecture),
@@ -72,10 +73,9 @@ def load(folder: Path) -> Model:
     try:
         architecture = TypeAdapter(Architecture).validate_python(manifest.get("architecture"))
         provenance = TypeAdapter(Provenance).validate_python(manifest.get("provenance"))
-        weights = {site: _read(tree, tensors, 0) for site, tree in _trees(manifest).items()}
+        weights, vectors = put_together(_trees(manifest), tensors)
     except (ValidationError, PocketError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} does not fit {WEIGHTS}: {_one_line(error)}") from None
-    vectors = {name.removeprefix("tensor/"): tensor for name, tensor in tensors.items() if name.startswith("tensor/")}
     if provenance.parameters < 1:
         raise CheckpointError(f"{folder / MANIFEST}: a source of {provenance.parameters} parameters is none")
     model = Model(architecture, weights, vectors, provenance, _files(folder))
@@ -83,29 +83,61 @@ def load(folder: Path) -> Model:
     return model
 
 
-def _write(weight: Weight, name: str, tensors: dict[str, Tensor]) -> Tree:
-    """Put a tree's leaves into `tensors`; returns the tree with leaf names in place of leaves."""
+def taken_apart(
+    weights: Mapping[str, Weight], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tree], dict[str, Leaf]]:
+    """Trees by site, which name their leaves, and what a file is to hold: these leaves, norms and biases."""
+    leaves = {f"tensor/{name}": leaf(tensor) for name, tensor in tensors.items()}
+    return {site: _write(weight, f"weight/{site}", leaves) for site, weight in sorted(weights.items())}, leaves
+
+
+def put_together(
+    trees: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Weight], dict[str, Tensor]]:
+    """The exact inverse of `taken_apart`; every matrix stays where the tensors are.
+
+    Raises:
+        WeightError, KeyError, TypeError, ValueError, RuntimeError: trees and tensors do not fit together.
+    """
+    weights = {site: _read(tree, tensors, 0) for site, tree in trees.items()}
+    mapped.release()
+    prefix = "tensor/"
+    return weights, {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+
+def _write(weight: Weight, name: str, leaves: dict[str, Leaf]) -> Tree:
+    """Put a tree's leaves into `leaves`; returns the tree with leaf names in place of leaves."""
     match weight:
         case Dense():
-            tensors[name] = weight.values.contiguous()
+            leaves[name] = leaf(weight.values)
             return {"kind": "dense", "values": name}
         case LowBit():
-            tensors[f"{name}.codes"] = _packed(weight.codes, weight.bits)
-            tensors[f"{name}.scales"], tensors[f"{name}.zeros"] = weight.scales.contiguous(), weight.zeros.contiguous()
+            leaves[f"{name}.codes"] = _packed(as_held(weight), weight.bits)
+            leaves[f"{name}.scales"], leaves[f"{name}.zeros"] = _halved(weight.scales), _halved(weight.zeros)
             return {"kind": "low_bit", "name": name, "bits": weight.bits, "group": weight.group, "in": weight.shape[1]}
         case Sparse():
-            tensors[f"{name}.places"] = _packed(weight.places, 4)
-            kept = _write(weight.kept, f"{name}.kept", tensors)
+            leaves[f"{name}.patterns"] = _packed_places(as_held(weight), weight.n, weight.m)
+            kept = _write(weight.kept, f"{name}.kept", leaves)
             return {"kind": "sparse", "name": name, "n": weight.n, "m": weight.m, "kept": kept}
         case Shared():
-            tensors[f"{name}.labels"] = weight.labels.to(torch.int32)
-            return {"kind": "shared", "name": name, "rows": _write(weight.rows, f"{name}.rows", tensors)}
+            leaves[f"{name}.labels"] = leaf(weight.labels.to(torch.int32))
+            return {"kind": "shared", "name": name, "rows": _write(weight.rows, f"{name}.rows", leaves)}
         case Product():
-            left, right = _write(weight.left, f"{name}.left", tensors), _write(weight.right, f"{name}.right", tensors)
+            left, right = _write(weight.left, f"{name}.left", leaves), _write(weight.right, f"{name}.right", leaves)
             return {"kind": "product", "left": left, "right": right}
         case Sum():
-            terms = [_write(term, f"{name}.{index}", tensors) for index, term in enumerate(weight.terms)]
+            terms = [_write(term, f"{name}.{index}", leaves) for index, term in enumerate(weight.terms)]
             return {"kind": "sum", "terms": terms}
+
+
+def _halved(grid: Tensor) -> Leaf:
+    """Scales or zero points in 16 bits, where that says the same."""
+    half = grid.half()
+    return leaf(half if grid.dtype == torch.float32 and torch.equal(half.float(), grid) else grid)
+
+
+def _whole_floats(grid: Tensor) -> Tensor:
+    return grid.float() if grid.dtype == torch.float16 else grid
 
 
 def _read(tree: Any, tensors: Mapping[str, Tensor], depth: int) -> Weight:
@@ -119,14 +151,14 @@ def _read(tree: Any, tensors: Mapping[str, Tensor], depth: int) -> Weight:
 
 def _low_bit(tree: Tree, tensors: Mapping[str, Tensor], depth: int) -> Weight:
     name, bits = tree["name"], _whole(tree, "bits")
-    codes = _unpacked(tensors[f"{name}.codes"], bits, _whole(tree, "in"))
-    return LowBit(codes, tensors[f"{name}.scales"], tensors[f"{name}.zeros"], bits, _whole(tree, "group"))
+    codes = _codes(tensors[f"{name}.codes"], bits, _whole(tree, "in"))
+    scales, zeros = (tensors[f"{name}.{part}"] for part in ("scales", "zeros"))
+    return LowBit(codes, _whole_floats(scales), _whole_floats(zeros), bits, _whole(tree, "group"))
 
 
 def _sparse(tree: Tree, tensors: Mapping[str, Tensor], depth: int) -> Weight:
-    kept = _read(tree["kept"], tensors, depth)
-    places = _unpacked(tensors[f"{tree['name']}.places"], 4, kept.shape[1])
-    return Sparse(kept, places, _whole(tree, "n"), _whole(tree, "m"))
+    kept, n, m = _read(tree["kept"], tensors, depth), _whole(tree, "n"), _whole(tree, "m")
+    return Sparse(kept, _places(tensors[f"{tree['name']}.patterns"], n, m, kept.shape[1]), n, m)
 
 
 def _whole(tree: Tree, name: str) -> int:
@@ -150,24 +182,69 @@ _READERS: dict[str, Callable[[Tree, Mapping[str, Tensor], int], Weight]] = {
 }
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, none in another's memory, which safetensors refuses; sorted by name."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in sorted(tensors.items()):
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return found
+def _packed(integers: Tensor | Packed, bits: int) -> Leaf:
+    """Integers [out, columns] as the file holds them; packed ones came from a file and go back as they are."""
+    if isinstance(integers, Packed):
+        return leaf(integers.stored)
+    rows, columns = integers.shape
+    shape = rows, packing.packed_width(columns, bits)
+    return Leaf(torch.uint8, shape, lambda: _by_rows(lambda part: _pack(part, bits), integers.cpu(), columns))
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
+def _packed_places(places: Tensor | Packed, n: int, m: int) -> Leaf:
+    """The pattern of every group by its number, each in ceil(log2 C(m, n)) bits."""
+    if isinstance(places, Packed):
+        return leaf(places.stored)
+    bits, groups = patterns_of(n, m, places.shape[1])
+
+    def pack(part: Tensor) -> Tensor:
+        digits = pattern_numbers(part, n)[..., None] >> torch.arange(bits) & 1  # [out, groups, bits], low bit first
+        return _pack(digits.flatten(1).to(torch.uint8), 1)
+
+    shape = len(places), packing.packed_width(groups * bits, 1)
+    return Leaf(torch.uint8, shape, lambda: _by_rows(pack, places.cpu(), places.shape[1]))
+
+
+def _codes(stored: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `_packed`: codes that are unpacked when they are looked at."""
+    _require_packed(stored, bits, columns)
+    return _unpacked_later(stored, columns, lambda part: _unpack(part, bits, columns))
+
+
+def _places(stored: Tensor, n: int, m: int, columns: int) -> Tensor:
+    """The inverse of `_packed_places`."""
+    bits, groups = patterns_of(n, m, columns)
+    _require_packed(stored, 1, groups * bits)
+
+    def unpack(part: Tensor) -> Tensor:
+        digits = _unpack(part, 1, groups * bits).view(len(part), groups, bits).long()
+        return pattern_places((digits << torch.arange(bits)).sum(-1), n, m)
+
+    return _unpacked_later(stored, columns, unpack)
+
+
+def _unpacked_later(stored: Tensor, columns: int, unpack: Callable[[Tensor], Tensor]) -> Tensor:
+    shape = len(stored), columns
+    packed = Packed(stored, shape, lambda stored: _by_rows(unpack, stored, columns))
+    return cast(Tensor, packed)  # no other than a tensor to those who look
+
+
+def _require_packed(stored: Tensor, bits: int, columns: int) -> None:
+    if stored.dtype != torch.uint8 or stored.ndim != 2 or not 1 <= bits <= 8:
+        raise WeightError(f"packed codes are {stored.dtype} {list(stored.shape)} of {bits} bits")
+    packing.check_width(stored.shape[1], bits, columns)
+
+
+def _by_rows(change: Callable[[Tensor], Tensor], rows: Tensor, columns: int) -> Tensor:
+    """A function of rows, on some of them at a time: between its input and output it takes many times their memory."""
+    return torch.cat([change(part) for part in torch.split(rows, max(1, AT_ONCE // max(1, columns)))])
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(packing.pack(codes.numpy(), bits))
 
 
-def _unpacked(packed: Tensor, bits: int, columns: int) -> Tensor:
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or not 1 <= bits <= 8:
-        raise WeightError(f"packed codes are {packed.dtype} {list(packed.shape)} of {bits} bits")
+def _unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(packing.unpack(packed.numpy(), bits, columns)))
 
 

@@ -30,7 +30,15 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(files[FILE].decode())
         except Exception as error:  # the library raises bare Exception for every malformed file
             raise CheckpointError(f"{FILE} cannot be read: {error}") from None
+        self._tokenizer.no_truncation()  # what a checkpoint's batches were cut and filled to is not our text's length
+        self._tokenizer.no_padding()
         self.bos, self._vocab = bos, vocab
+
+    @property
+    def frame(self) -> list[int]:
+        """The tokens that the tokenizer itself puts around every text, such as [CLS] and [SEP]."""
+        tokens: list[int] = self._tokenizer.encode("").ids
+        return tokens
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, the BOS token first where the model has one; the empty text is the BOS token alone."""
@@ -50,6 +58,10 @@ class Tokenizer:
         if self._vocab is not None and tokens and max(tokens) >= self._vocab:
             raise CheckpointError(f"{FILE} gives token {max(tokens)}; the model has {self._vocab}: one is another's")
         return tokens
+
+    def word(self, token: int) -> str:
+        """A token as the tokenizer spells it, special ones too; its number where it has no spelling."""
+        return self._tokenizer.id_to_token(token) or str(token)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens; special ones are left out."""

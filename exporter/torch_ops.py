@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter.model import Model
+from exporter.errors import PocketError
+from exporter.model import Model, Rope
 from exporter.ops import AttentionSpec, Leaf, Ops
 from exporter.weights import Weight
 
@@ -20,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -36,6 +38,7 @@ class TorchOps(Ops[Tensor]):
         super().__init__(model)
         self.dtype, self.device = dtype, device
         self._decoded: dict[int, tuple[Weight, Tensor]] = {}  # the weight is kept so that its id stays its own
+        self._rotations: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}  # cosines and sines by head_dim
         self.reset()
 
     def reset(self) -> None:
@@ -96,23 +99,62 @@ class TorchOps(Ops[Tensor]):
         v = heads_first(v, spec.kv_heads)
         if spec.causal:
             k, v = self._append(layer, k, v)  # [batch, kv_heads, past + tokens, dim]
-        groups = spec.heads // spec.kv_heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        logits = q @ k.transpose(-1, -2) * spec.scale  # [batch, heads, tokens, past + tokens]
-        if spec.causal:
-            future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=self.device).triu(self._start + 1)
-            logits = logits.masked_fill(future, -torch.inf)
-        weights = logits.softmax(-1)
-        return (weights @ v).transpose(1, 2).flatten(-2)
+        width = max(spec.head_dim, spec.value_dim)  # of other widths, torch would form all attention weights
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=self._visible(q.shape[2]) if spec.causal and self._start else None,
+            is_causal=spec.causal and not self._start,
+            scale=spec.scale,
+            enable_gqa=spec.heads > spec.kv_heads,
+        )  # [batch, heads, tokens, width]
+        return attended[..., : spec.value_dim].transpose(1, 2).flatten(-2)
 
     def rotate(self, x: Tensor, spec: AttentionSpec) -> Tensor:
         """Turn each head of x [batch, heads, tokens, head_dim] by its position."""
         if spec.rope is None:
             return x
-        cos, sin = spec.rope.table(spec.head_dim, self._start + x.shape[2])  # float32 whatever the type
-        cos, sin = (t[self._start :].to(self.device, self.dtype).repeat(1, 2) for t in (cos, sin))
+        cos, sin = self._turns(spec.rope, spec.head_dim, self._start + x.shape[2])
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    def _turns(self, rope: Rope, head_dim: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines from the first position of the call up to `stop`, each [tokens, head_dim]."""
+        key = rope, head_dim
+        if key not in self._rotations or len(self._rotations[key][0]) < stop:
+            table = rope.table(head_dim, 1 << (stop - 1).bit_length())  # float32 whatever the type; seldom made anew
+            cos, sin = (part.to(self.device, self.dtype).repeat(1, 2) for part in table)
+            self._rotations[key] = cos, sin
+        cos, sin = self._rotations[key]
+        return cos[self._start : stop], sin[self._start : stop]
+
+    def _visible(self, tokens: int) -> Tensor | None:
+        """Which positions the tokens of a call see behind a cache, [tokens, past + tokens]; None where all."""
+        if tokens == 1:
+            return None
+        everything = torch.ones(tokens, self._start + tokens, dtype=torch.bool, device=self.device)
+        return everything.tril(self._start)
+
+    def patches(self, pixels: Tensor, size: int) -> Tensor:
+        return F.unfold(pixels.to(self.device, self.dtype), size, stride=size).transpose(1, 2)
+
+    def prepend(self, x: Tensor, name: str) -> Tensor:
+        return torch.cat((self.tensor(name).expand(x.shape[0], 1, -1), x), dim=1)
+
+    def add_rows(self, x: Tensor, site: str) -> Tensor:
+        return x + self.matrix(self.model.weights[site])
+
+    def skip(self, x: Tensor, tokens: int) -> Tensor:
+        return x[:, tokens:]
+
+    def merge_pictures(self, x: Tensor, ids: Tensor, seen: Tensor, token: int) -> Tensor:
+        places = ids == token
+        wrong = places.sum(1)[places.sum(1) != seen.shape[1]]  # texts whose picture has another number of places
+        if len(wrong):
+            raise PocketError(f"a text has {int(wrong[0])} image tokens; its picture takes {seen.shape[1]}")
+        return x.masked_scatter(places.unsqueeze(-1), seen)
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         past = self._cache.get(layer)

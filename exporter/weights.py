@@ -13,15 +13,71 @@ All matrices are [out, in]. Nodes also live on torch's meta device, so that size
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, reduce
-from typing import Any
+from functools import reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from exporter.errors import WeightError
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Small integers as a file stores them.
+
+    Args:
+        stored: uint8, of the file's own layout.
+        shape: Of the integers, [out, columns].
+        unpack: Makes them, uint8, of `stored`.
+    """
+
+    stored: Tensor
+    shape: tuple[int, int]
+    unpack: Callable[[Tensor], Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the integers."""
+        return torch.uint8
+
+
+class _Integers:
+    """A field of uint8 integers, held as they are or packed. Packed ones are unpacked anew at every look.
+
+    So a model that lies in a file takes no memory for what nobody looks at.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, weight: object, owner: type) -> Tensor:
+        held: Tensor | Packed = weight.__dict__[self._name]
+        return held.unpack(held.stored) if isinstance(held, Packed) else held
+
+    def __set__(self, weight: object, value: Tensor | Packed) -> None:
+        weight.__dict__[self._name] = value
+
+
+W = TypeVar("W")
+
+
+def _may_be_packed(name: str) -> Callable[[type[W]], type[W]]:
+    """A class whose field of that name may be given packed."""
+
+    def decorate(kind: type[W]) -> type[W]:
+        setattr(kind, name, _Integers(name))  # after the dataclass is made: it is no default
+        return kind
+
+    return decorate
+
+
+def as_held(weight: LowBit | Sparse) -> Tensor | Packed:
+    """The integers of a leaf, codes or places, without unpacking them."""
+    held: Tensor | Packed = weight.__dict__["codes" if isinstance(weight, LowBit) else "places"]
+    return held
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +104,18 @@ class Dense:
         return self.values.to(dtype)
 
 
+@_may_be_packed("codes")
 @dataclass(frozen=True, eq=False)
 class LowBit:
     """Small integers with a scale and a zero point per group of columns: `scales * (codes - zeros)`.
 
     Args:
-        codes: [out, in], uint8, each under 2**bits.
+        codes: [out, in], uint8, each under 2**bits; may be given packed.
         scales: [out, ceil(in / group)], float.
         zeros: [out, ceil(in / group)], or [1, 1] where one value serves all; float, may be fractional.
         bits: 1..8.
         group: Columns that share a scale, >= 1; the last group of a row may be shorter.
+        fractional: Of a placeholder on the meta device, whose zero points nobody can look at: they lie between codes.
     """
 
     codes: Tensor
@@ -65,36 +123,49 @@ class LowBit:
     zeros: Tensor
     bits: int
     group: int
+    fractional: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.codes.ndim == 2, f"codes have 2 dimensions, not {self.codes.ndim}")
-        _require(self.codes.dtype == torch.uint8, f"codes are uint8, not {self.codes.dtype}")
+        codes = as_held(self)
+        _require(len(codes.shape) == 2, f"codes have 2 dimensions, not {len(codes.shape)}")
+        _require(codes.dtype == torch.uint8, f"codes are uint8, not {codes.dtype}")
         _require(1 <= self.bits <= 8, f"{self.bits} bits is not a width; widths that are: 1 to 8")
         _require(self.group >= 1, f"a group of {self.group} columns is not possible; at least 1")
-        grid = (self.codes.shape[0], self.groups)
+        grid = (self.shape[0], self.groups)
         _require(tuple(self.scales.shape) == grid, f"scales are {tuple(self.scales.shape)}, not {grid}")
         zeros = tuple(self.zeros.shape)
         _require(zeros in (grid, (1, 1)), f"zeros are {zeros}, neither {grid} nor (1, 1)")
         _require(self.scales.is_floating_point() and self.zeros.is_floating_point(), "scales and zeros are floats")
-        if not self.codes.is_meta and self.codes.numel():
-            top = int(self.codes.max())
+        if not isinstance(codes, Packed) and not codes.is_meta and codes.numel():  # packed ones have no more bits
+            top = int(codes.max())
             _require(top < 2**self.bits, f"code {top} does not fit {self.bits} bits")
 
     @property
     def shape(self) -> tuple[int, int]:
         """Out and in."""
-        return self.codes.shape[0], self.codes.shape[1]
+        held = as_held(self)
+        return held.shape[0], held.shape[1]
 
     @property
     def groups(self) -> int:
         """Groups in a row, the shorter last one included."""
-        return -(-self.codes.shape[1] // self.group)
+        return -(-self.shape[1] // self.group)
 
     @property
     def is_symmetric(self) -> bool:
         """Whether one zero point, the middle code, serves all: such a zero point needs no storage."""
         middle = 2 ** (self.bits - 1)
-        return self.zeros.shape == (1, 1) and (self.zeros.is_meta or float(self.zeros) == middle)
+        return self.zeros.shape == (1, 1) and (self.bits > 1 if self.zeros.is_meta else float(self.zeros) == middle)
+
+    @property
+    def has_whole_zeros(self) -> bool:
+        """Whether every zero point is itself a code, so that it packs like one.
+
+        On the meta device they are what the placeholder says; that of one bit lies between the two codes.
+        """
+        if self.zeros.is_meta:
+            return self.bits > 1 and not self.fractional
+        return bool(((self.zeros % 1 == 0) & (self.zeros >= 0) & (self.zeros < 2**self.bits)).all())
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, [out, in]."""
@@ -107,13 +178,15 @@ class LowBit:
         return grid if one_serves_all else grid.repeat_interleave(min(self.group, columns), dim=1)[:, :columns]
 
 
+@_may_be_packed("places")
 @dataclass(frozen=True, eq=False)
 class Sparse:
     """N of M: of every m neighbours along `in`, n are kept.
 
     Args:
         kept: Weight of the kept values, [out, in * n / m], in column order.
-        places: [out, in * n / m], uint8: where in its group of m each kept value stands, rising within a group.
+        places: [out, in * n / m], uint8: where in its group of m each kept value stands, rising within a group;
+            may be given packed.
         n: Kept in a group, 1 <= n <= m.
         m: Neighbours in a group, 2..16.
     """
@@ -125,11 +198,12 @@ class Sparse:
 
     def __post_init__(self) -> None:
         _require(2 <= self.m <= 16 and 1 <= self.n <= self.m, f"{self.n}:{self.m} is not a sparsity")
-        _require(tuple(self.places.shape) == self.kept.shape, "places and kept values differ in shape")
-        _require(self.places.dtype == torch.uint8, f"places are uint8, not {self.places.dtype}")
+        places = self.places
+        _require(tuple(places.shape) == self.kept.shape, "places and kept values differ in shape")
+        _require(places.dtype == torch.uint8, f"places are uint8, not {places.dtype}")
         _require(self.kept.shape[1] % self.n == 0, f"{self.kept.shape[1]} kept columns are no multiple of {self.n}")
-        if not self.places.is_meta and self.places.numel():
-            groups = self.places.view(self.places.shape[0], -1, self.n).to(torch.int16)
+        if not places.is_meta and places.numel():
+            groups = places.view(places.shape[0], -1, self.n).to(torch.int16)
             rising = bool((groups.diff(dim=-1) > 0).all())
             _require(rising and int(groups.max()) < self.m, f"places must rise within a group and stay under {self.m}")
 
@@ -138,11 +212,12 @@ class Sparse:
         """Out and in."""
         return self.kept.shape[0], self.kept.shape[1] // self.n * self.m
 
-    @cached_property
+    @property
     def columns(self) -> Tensor:
         """[out, kept], int64: the column of each kept value in the full matrix."""
-        group = torch.arange(self.places.shape[1], device=self.places.device) // self.n
-        return self.places.long() + group * self.m
+        places = self.places
+        group = torch.arange(places.shape[1], device=places.device) // self.n
+        return places.long() + group * self.m
 
     @property
     def mask(self) -> Tensor:
@@ -241,7 +316,7 @@ def children(weight: Weight) -> tuple[Weight, ...]:
     """The weights directly under a node, in the order of its fields."""
     found: list[Weight] = []
     for field in fields(weight):
-        value = getattr(weight, field.name)
+        value = weight.__dict__[field.name]  # a look at packed integers would unpack them
         found.extend([value] if isinstance(value, Weight) else value if isinstance(value, tuple) else [])
     return tuple(found)
 
@@ -257,13 +332,17 @@ def to_meta(weight: Weight) -> Weight:
     """The same tree without its values: on the meta device, where sizes are known and nothing is stored."""
     changed: dict[str, Any] = {}
     for field in fields(weight):
-        value = getattr(weight, field.name)
+        value = weight.__dict__[field.name]
         if isinstance(value, Tensor):
             changed[field.name] = value.to("meta")
+        elif isinstance(value, Packed):
+            changed[field.name] = torch.empty(value.shape, dtype=torch.uint8, device="meta")
         elif isinstance(value, Weight):
             changed[field.name] = to_meta(value)
         elif isinstance(value, tuple):
             changed[field.name] = tuple(to_meta(term) for term in value)
+    if isinstance(weight, LowBit):
+        changed["fractional"] = not weight.has_whole_zeros
     return replace(weight, **changed)
 
 

@@ -1,12 +1,12 @@
-"""Train the multimodal reference model of docs/results.md: a LLaVA of 1.4 M parameters that answers questions about shapes.
+"""Train the multimodal reference model of docs/results.md: a LLaVA of 1.4 M parameters that is asked about shapes.
 
-A CLIP vision tower, a projector and a Llama, by the classes of transformers. Pictures and questions are drawn from a seed
-(see ``pictures.py``); test pictures come from a part of the seeds that training never draws. Weights stay out of the
-repository; this builds them again, in under an hour on one core.
+A CLIP vision tower, a projector and a Llama, by the classes of transformers. Pictures and questions are drawn from a
+seed (see ``pictures.py``); test pictures come from a part of the seeds that training never draws. Weights stay out of
+the repository; this builds them again, in under an hour on one core.
 
     OMP_NUM_THREADS=1 python scripts/train_pictures.py --out reference/pictures
 
-Beside the model's own files a run writes ``calibration/`` and ``test/``: pictures as PNG, and JSON lines that name them.
+A run writes ``calibration/`` and ``test/`` beside the model's own files: pictures as PNG, and lines that name them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,37 +23,49 @@ import numpy as np
 import pictures
 import torch
 import train_builtin as training
-from PIL import Image
 from pictures import Question, Scene
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 BOS, EOS, IMAGE = training.BOS, training.EOS, "<image>"
-VOCAB, WINDOW, IGNORED = 384, 128, -100
-PATCH = 8
+VOCAB, IGNORED = 384, -100
+CAPTION = "what is there?"
+PATCH = 16
+LESSONS = 5  # the first of so many parts of the training is captions alone
 IMAGE_TOKENS = (pictures.SIZE // PATCH) ** 2
 MEAN = STD = 0.5
 
 
+Lines = list[tuple[str, str]]  # what is asked, and what is answered
+
+
 class Batch(NamedTuple):
-    """Windows [count, WINDOW], pixels [count, 3, SIZE, SIZE], and labels that leave out pictures and questions."""
+    """Windows [count, length], pixels [count, 3, SIZE, SIZE], and labels that leave out pictures and questions."""
 
     ids: torch.Tensor
     pixels: torch.Tensor
     labels: torch.Tensor
 
 
-def lines_of(scene: Scene) -> Iterator[tuple[str, str]]:
-    """What is said of a picture, line by line: what stands there, and what is to be answered."""
-    questions = [(f"{question.text} ", question.answer) for question in scene.questions]
-    yield from questions[: len(questions) // 2]
-    yield "what is there? ", pictures.caption(scene.things)
-    yield from questions[len(questions) // 2 :]
+def captions_of(scene: Scene) -> Lines:
+    """What to ask for everything that stands in a picture, and what to answer."""
+    return [(CAPTION, pictures.caption(scene.things))]
+
+
+def questions_of(scene: Scene) -> Lines:
+    """The questions of a picture and their answers."""
+    return [(question.text, question.answer) for question in scene.questions]
+
+
+def one_question_of(scene: Scene) -> Lines:
+    """The first of its questions, which come in random order."""
+    return questions_of(scene)[:1]
 
 
 def text_of(scene: Scene) -> str:
-    """The picture's place and everything that is said of it."""
-    return f"{IMAGE}\n" + "".join(f"{asked}{answer}\n" for asked, answer in lines_of(scene))
+    """The picture's place, and its questions with their answers."""
+    return f"{IMAGE}\n" + "".join(f"{asked} {answer}\n" for asked, answer in questions_of(scene))
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
@@ -68,29 +80,31 @@ def train_tokenizer(seed: int) -> Tokenizer:
         show_progress=False,
     )
     scenes = (pictures.scene(seed, pictures.TRAIN, index) for index in range(2000))
-    tokenizer.train_from_iterator((text_of(scene).removeprefix(IMAGE) for scene in scenes), trainer)
+    said = (line for scene in scenes for line in questions_of(scene) + captions_of(scene))
+    tokenizer.train_from_iterator((f"{asked} {answer}\n" for asked, answer in said), trainer)
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, scene: Scene) -> tuple[list[int], list[int]]:
-    """Tokens and labels of one picture's window, not yet of one length."""
+def encode(tokenizer: Tokenizer, lines: Lines) -> tuple[list[int], list[int]]:
+    """Tokens of a picture and what is said of it, and their labels."""
     bos, eos, image = (tokenizer.token_to_id(token) for token in (BOS, EOS, IMAGE))
     ids = [bos, *[image] * IMAGE_TOKENS, *tokenizer.encode("\n").ids]
     labels = [IGNORED] * len(ids)
-    for asked, answer in lines_of(scene):
-        whole = tokenizer.encode(f"{asked}{answer}\n").ids
-        known = len(tokenizer.encode(asked.rstrip()).ids)
+    for asked, answer in lines:
+        whole = tokenizer.encode(f"{asked} {answer}\n").ids
+        known = len(tokenizer.encode(asked).ids)
         ids += whole
         labels += [IGNORED] * known + whole[known:]
     return [*ids, eos], [*labels, eos]
 
 
-def batch_of(tokenizer: Tokenizer, scenes: list[Scene]) -> Batch:
-    """One batch; what is short is filled with EOS, what is long is cut."""
+def batch_of(tokenizer: Tokenizer, scenes: list[Scene], said: Callable[[Scene], Lines]) -> Batch:
+    """One batch of pictures and what is said of them; what is shorter than the longest is filled with EOS."""
     eos = tokenizer.token_to_id(EOS)
-    rows = [encode(tokenizer, scene) for scene in scenes]
-    ids = [(tokens + [eos] * WINDOW)[:WINDOW] for tokens, _ in rows]
-    labels = [(marks + [IGNORED] * WINDOW)[:WINDOW] for _, marks in rows]
+    rows = [encode(tokenizer, said(scene)) for scene in scenes]
+    length = max(len(tokens) for tokens, _ in rows)
+    ids = [tokens + [eos] * (length - len(tokens)) for tokens, _ in rows]
+    labels = [marks + [IGNORED] * (length - len(marks)) for _, marks in rows]
     return Batch(torch.tensor(ids), pixels_of(scenes), torch.tensor(labels))
 
 
@@ -146,9 +160,7 @@ def loss_of(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
     )
 
 
-def train_step(
-    model: LlavaForConditionalGeneration, optimizer: torch.optim.AdamW, batch: Batch, rate: float
-) -> float:
+def train_step(model: LlavaForConditionalGeneration, optimizer: torch.optim.AdamW, batch: Batch, rate: float) -> float:
     """Do one update and return its loss; matrices this small gain nothing from bfloat16."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -160,13 +172,20 @@ def train_step(
     return loss.item()
 
 
+def lesson(step: int, plan: training.Plan) -> Callable[[Scene], Lines]:
+    """Captions first, as LLaVA does; then in turns captions, all questions of a picture, and twice a question alone."""
+    turns = (captions_of, questions_of, one_question_of, one_question_of)
+    return captions_of if step < plan.steps // LESSONS else turns[step % len(turns)]
+
+
 def fit(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, plan: training.Plan) -> None:
     """Train for the planned steps on pictures that are never drawn twice."""
     optimizer, began, smooth = training.build_optimizer(model), time.monotonic(), 0.0
     for step in range(plan.steps):
         first = step * plan.batch
         scenes = [pictures.scene(plan.seed, pictures.TRAIN, first + place) for place in range(plan.batch)]
-        loss = train_step(model, optimizer, batch_of(tokenizer, scenes), training.rate_at(step, plan))
+        batch = batch_of(tokenizer, scenes, lesson(step, plan))
+        loss = train_step(model, optimizer, batch, training.rate_at(step, plan))
         smooth = loss if step == 0 else 0.98 * smooth + 0.02 * loss
         if (step + 1) % 50 == 0:
             training.report(step + 1, smooth, began, plan)
@@ -260,7 +279,8 @@ def measure(out: Path, seed: int, count: int) -> float:
     for kind, total in sorted(totals.items()):
         print(f"  {kind}: {right[kind]} of {total}")
     share, blind = right.total() / totals.total(), baseline(seed, [q for asked in by_length.values() for _, q in asked])
-    print(f"right answers {right.total()} of {totals.total()} ({share:.1%}); without the picture {blind:.1%}", flush=True)
+    counts = f"{right.total()} of {totals.total()}"
+    print(f"right answers {counts} ({share:.1%}); without the picture {blind:.1%}", flush=True)
     return share
 
 
@@ -277,8 +297,8 @@ def main() -> None:
     """Train, save, reload and measure."""
     parser = argparse.ArgumentParser(description="Train the multimodal reference model on drawn pictures.")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--steps", type=int, default=3000, help="number of updates")
-    parser.add_argument("--batch", type=int, default=32, help="pictures in one update")
+    parser.add_argument("--steps", type=int, default=2000, help="number of updates")
+    parser.add_argument("--batch", type=int, default=64, help="pictures in one update")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

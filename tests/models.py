@@ -17,6 +17,9 @@ LLAMA = Architecture(
     norm_eps=1e-5, rope=Rope(10000.0), tied=True, bos=1, eos=(2,),
 )  # fmt: skip
 OPT = replace(LLAMA, family="opt", layers=(Layer(4, 4, 16, 16, 96),), activation="relu", rope=None)
+BERT = replace(
+    OPT, family="bert", layers=(Layer(4, 4, 16, 16, 96),) * 2, activation="gelu", norm_eps=1e-12, causal=False
+)
 
 
 def random_model(architecture: Architecture, seed: int = 0, optional: Sequence[str] = ("bias",)) -> Model:

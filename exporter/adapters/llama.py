@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from exporter.adapters import Shapes, attention_spec, equal_layers
 from exporter.adapters.config import Fields
 from exporter.errors import ArchitectureError
@@ -16,48 +18,48 @@ T = TypeVar("T")
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
-def embed(ops: Ops[T], ids: T) -> T:
-    """Token ids to the residual stream."""
-    return ops.embedding(ids, EMBEDDING)
+def embed(ops: Ops[T], ids: T, root: str = "") -> T:
+    """Token ids to the residual stream; here and below, `root` stands before every name."""
+    return ops.embedding(ids, root + EMBEDDING)
 
 
-def block(ops: Ops[T], x: T, layer: int) -> T:
+def block(ops: Ops[T], x: T, layer: int, root: str = "") -> T:
     """One decoder layer: x + attention(norm x), then x + mlp(norm x)."""
-    prefix = f"model.layers.{layer}"
-    sites, spec = _present(ops, attention_sites(layer)), attention_spec(ops.model.architecture, layer)
+    prefix = f"{root}model.layers.{layer}"
+    sites, spec = _present(ops, attention_sites(layer, root)), attention_spec(ops.model.architecture, layer)
     x = ops.add(x, ops.attention(ops.rms_norm(x, f"{prefix}.input_layernorm"), sites, layer, spec))
     normed = ops.rms_norm(x, f"{prefix}.post_attention_layernorm")
-    return ops.add(x, ops.mlp(normed, mlp_sites(layer), ops.model.architecture.activation))
+    return ops.add(x, ops.mlp(normed, mlp_sites(layer, root), ops.model.architecture.activation))
 
 
-def head(ops: Ops[T], x: T) -> T:
+def head(ops: Ops[T], x: T, root: str = "") -> T:
     """The residual stream to logits, through the embedding where it is tied."""
-    return ops.linear(ops.rms_norm(x, NORM), EMBEDDING if ops.model.architecture.tied else HEAD)
+    return ops.linear(ops.rms_norm(x, root + NORM), root + (EMBEDDING if ops.model.architecture.tied else HEAD))
 
 
-def attention_sites(layer: int) -> AttentionSites:
+def attention_sites(layer: int, root: str = "") -> AttentionSites:
     """Sites of one layer's attention."""
-    prefix = f"model.layers.{layer}.self_attn"
+    prefix = f"{root}model.layers.{layer}.self_attn"
     q, k, v, o = (f"{prefix}.{name}_proj" for name in "qkvo")
     return AttentionSites(q, k, v, o, f"{prefix}.q_norm", f"{prefix}.k_norm")
 
 
-def mlp_sites(layer: int) -> MlpSites:
+def mlp_sites(layer: int, root: str = "") -> MlpSites:
     """Sites of one layer's MLP."""
-    prefix = f"model.layers.{layer}.mlp"
+    prefix = f"{root}model.layers.{layer}.mlp"
     return MlpSites(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
 
 
-def shapes(architecture: Architecture) -> Shapes:
+def shapes(architecture: Architecture, root: str = "") -> Shapes:
     """The matrices and vectors of such a model."""
     hidden = architecture.hidden
-    weights = {EMBEDDING: (architecture.vocab, hidden)}
+    weights = {root + EMBEDDING: (architecture.vocab, hidden)}
     if not architecture.tied:
-        weights[HEAD] = (architecture.vocab, hidden)
-    tensors: dict[str, int] = {f"{NORM}.weight": hidden}
+        weights[root + HEAD] = (architecture.vocab, hidden)
+    tensors: dict[str, int] = {f"{root}{NORM}.weight": hidden}
     optional: dict[str, int] = {}
     for index, w in enumerate(architecture.layers):
-        attention, mlp = attention_sites(index), mlp_sites(index)
+        attention, mlp = attention_sites(index, root), mlp_sites(index, root)
         layer = {attention.q: (w.heads * w.head_dim, hidden), attention.k: (w.kv_heads * w.head_dim, hidden),
                  attention.v: (w.kv_heads * w.value_dim, hidden), attention.o: (hidden, w.heads * w.value_dim),
                  str(mlp.gate): (w.mlp, hidden), mlp.up: (w.mlp, hidden), mlp.down: (hidden, w.mlp)}  # fmt: skip
@@ -65,8 +67,13 @@ def shapes(architecture: Architecture) -> Shapes:
         optional |= {f"{site}.bias": shape[0] for site, shape in layer.items()}
         optional |= {f"{site}.weight": w.head_dim for site in (attention.q_norm, attention.k_norm)}
         norms = ("input_layernorm", "post_attention_layernorm")
-        tensors |= {f"model.layers.{index}.{norm}.weight": hidden for norm in norms}
+        tensors |= {f"{root}model.layers.{index}.{norm}.weight": hidden for norm in norms}
     return Shapes(weights, tensors, optional)
+
+
+def stored(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+    """A checkpoint's tensor as it is; old ones hold the rotary frequencies too, which config.json gives."""
+    return None if name.endswith("rotary_emb.inv_freq") else (name, tensor)
 
 
 def read(config: Mapping[str, Any]) -> Architecture:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from exporter.adapters import Shapes, attention_spec, equal_layers
 from exporter.adapters.config import Fields
 from exporter.errors import ArchitectureError
@@ -68,6 +70,11 @@ def shapes(architecture: Architecture) -> Shapes:
         for norm in ("self_attn_layer_norm", "final_layer_norm"):
             tensors |= _norm(f"{ROOT}.layers.{index}.{norm}", hidden)
     return Shapes(weights, tensors, optional)
+
+
+def stored(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+    """A checkpoint's tensor; some leave out the leading `model.` of their names."""
+    return (f"model.{name}" if name.startswith("decoder.") else name), tensor
 
 
 def read(config: Mapping[str, Any]) -> Architecture:

@@ -26,6 +26,7 @@ TextOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="Output folder; new or empty.")]
 TargetsOption = Annotated[list[str] | None, typer.Option("--target", "-t", help="May be repeated; without it, all.")]
+DeviceOption = Annotated[str, typer.Option(help="Where compression steps are worked out: cpu or cuda.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan with predicted bytes; write nothing.")]
 
 
@@ -35,13 +36,17 @@ def compress(
     output: OutOption,
     recipe: Annotated[Path, typer.Option("--recipe", "-r", help="YAML recipe.")],
     calibration: TextOption = None,
+    device: DeviceOption = "cpu",
+    memory_plan: Annotated[
+        bool, typer.Option("--memory-plan", help="Print the memory that it will take; write nothing.")
+    ] = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compress a model by a recipe and save it."""
     from exporter.cli import export
 
-    export.compress(model, recipe, output, calibration, dry_run, json)
+    export.compress(model, recipe, output, calibration, device, memory_plan, dry_run, json)
 
 
 @app.command(name="export")
@@ -52,13 +57,14 @@ def export_(
     recipe: RecipeOption = None,
     calibration: TextOption = None,
     context: Annotated[int | None, typer.Option(help="Longest context in tokens.")] = None,
+    device: DeviceOption = "cpu",
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compress, lower to every target, and check each artifact."""
     from exporter.cli import export
 
-    export.export(model, recipe, target or [], output, calibration, context, dry_run, json)
+    export.export(model, recipe, target or [], output, calibration, context, device, dry_run, json)
 
 
 @app.command()
@@ -80,7 +86,7 @@ def run(
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to add.")] = 64,
     json: JsonOption = False,
 ) -> None:
-    """Print the greedy text of an artifact in its own runtime, or of a model in torch."""
+    """Print the greedy text of an artifact in its own runtime, or of a model in torch; of an encoder, an embedding."""
     from exporter.cli import inspect
 
     inspect.run(artifact, prompt, new_tokens, json)
@@ -89,16 +95,24 @@ def run(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="An artifact, a model folder, or 'builtin'.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="JSON lines of questions about pictures, instead.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Also say how far it is from this model or artifact.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of tokens.")] = 60,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     seed: Annotated[int, typer.Option(help="Decides where the windows lie; 0 or more.")] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Perplexity of a model or an artifact on a text."""
+    """Perplexity on a text, with a reference how far it is from that; or how many questions are answered right."""
     from exporter.cli import inspect
+    from exporter.cli import questions as asking
 
-    inspect.evaluate(model, text, windows, length, seed, json)
+    if (text is None) == (questions is None):
+        raise typer.BadParameter("give one of --text and --questions")
+    if questions is not None:
+        asking.evaluate(model, questions, json)
+    elif text is not None:
+        inspect.evaluate(model, text, reference, windows, length, seed, json)
 
 
 @app.command()

@@ -13,6 +13,9 @@ EXTRAS = {  # extra -> distributions that it brings, what it enables
     "onnxruntime": (("onnx", "onnx-ir", "onnxruntime"), "target onnxruntime-mobile"),
     "executorch": (("executorch", "torchao"), "target executorch-android"),
     "coreml": (("coremltools",), "target coreml-ios"),
+    "generic": (("transformers",), "models that no adapter knows, run by transformers"),
+    "lm-eval": (("lm-eval",), "tasks of lm-evaluation-harness over a session (exporter.harness)"),
+    "pictures": (("pillow",), "pictures that a multimodal model is shown"),
 }
 
 

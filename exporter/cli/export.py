@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from exporter import pipeline, plugins, store
+from exporter import memory, pipeline, plugins, store
 from exporter import recipe as recipes
 from exporter.checking import Outcome
 from exporter.cli.screen import print_json, print_line, print_note, print_table, watch
+from exporter.encoders import EncoderComparison
 from exporter.errors import CheckFailedError
 from exporter.evaluate import Comparison, Divergence
 from exporter.model import Model
 from exporter.pipeline import Job
 from exporter.recipe import Recipe
 
+MIB = 2**20
 
-def compress(model: str, recipe: Path, output: Path, calibration: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Compress a model and save it, or say what would be done."""
-    job = Job(model, (), output, _recipe(recipe, calibration))
+
+def compress(
+    model: str, recipe: Path, output: Path, calibration: Path | None, device: str, memory_plan: bool, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Compress a model and save it, or say what would be done, or what memory that would take."""
+    job = Job(model, (), output, _recipe(recipe, calibration), device=device)
     _note_text(job)
+    if memory_plan:
+        _print_memory(job, as_json)
+        return
     if dry_run:
         _print_plan(job, as_json)
         return
@@ -36,7 +46,7 @@ def compress(model: str, recipe: Path, output: Path, calibration: Path | None, d
 
 def export(
     model: str, recipe: Path | None, targets: Sequence[str], output: Path, calibration: Path | None,
-    context: int | None, dry_run: bool, as_json: bool,
+    context: int | None, device: str, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Lower a model to targets and check every artifact, or say what would be done.
 
@@ -44,7 +54,7 @@ def export(
         CheckFailedError: an artifact's numbers are not its model's.
     """
     names = tuple(dict.fromkeys(targets)) or tuple(plugins.target_names())
-    job = Job(model, names, output, _recipe(recipe, calibration), context)
+    job = Job(model, names, output, _recipe(recipe, calibration), context, device)
     _note_text(job)
     if dry_run:
         _print_plan(job, as_json)
@@ -78,8 +88,12 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
             print_line(f"{outcome.target}: folded: {reason}")
         for note in outcome.notes:
             print_line(f"{outcome.target}: {note}")
-        if outcome.comparison is not None and outcome.comparison.divergence is not None:
-            print_line(f"{outcome.target}: {_parting(outcome.comparison, outcome.comparison.divergence)}")
+        compared = outcome.comparison
+        if isinstance(compared, Comparison) and compared.divergence is not None:
+            print_line(f"{outcome.target}: {_parting(compared, compared.divergence)}")
+        if isinstance(compared, EncoderComparison):
+            lengths = ", ".join(map(str, compared.texts))
+            print_line(f"{outcome.target}: cosine of embeddings {compared.cosine:.6f} in texts of {lengths} tokens")
 
 
 def _parting(compared: Comparison, found: Divergence) -> str:
@@ -91,13 +105,13 @@ def _parting(compared: Comparison, found: Divergence) -> str:
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
     compared = outcome.comparison
-    numbers = ("-", "-", "-") if compared is None else (
-        f"{compared.max_abs:.1e}", f"{compared.relative_l2:.1e}", f"{compared.greedy_agreement}/{compared.new_tokens}"
-    )  # fmt: skip
+    greedy = f"{compared.greedy_agreement}/{compared.new_tokens}" if isinstance(compared, Comparison) else "-"
+    errors = ("-", "-") if compared is None else (f"{compared.max_abs:.1e}", f"{compared.relative_l2:.1e}")
+    sizes = f"{outcome.file_bytes:,}", f"{outcome.bits_per_weight:.2f}"
     kind = "constants and interface" if compared is None else "run"
     verdict = f"{kind}: {'ok' if outcome.ok else 'FAILED'}"
     native = f"{outcome.native}/{outcome.sites}"
-    return (outcome.target, f"{outcome.file_bytes:,}", f"{outcome.bits_per_weight:.2f}", *numbers, native, verdict)
+    return (outcome.target, *sizes, *errors, greedy, native, verdict)
 
 
 def _recipe(path: Path | None, calibration: Path | None) -> Recipe:
@@ -105,8 +119,15 @@ def _recipe(path: Path | None, calibration: Path | None) -> Recipe:
     return recipe if calibration is None else recipes.with_text(recipe, calibration)
 
 
+def note_generic(name: str) -> None:
+    """Say so where no adapter knows a model."""
+    if pipeline.is_generic(name):
+        print_note("no adapter knows this model, transformers runs it: it can be rounded, not pruned, and has no cache")
+
+
 def _note_text(job: Job) -> None:
-    """Say so where a model is calibrated on text that is hardly its own kind."""
+    """Say so where a model is not of a known family, or is calibrated on text that is hardly its own kind."""
+    note_generic(job.model)
     if pipeline.wants_text(job.recipe) and job.recipe.calibration.text is None and job.model != pipeline.BUILTIN:
         print_note("calibrating on the sample that ships, Python code; give the model's kind of text by --calibration")
 
@@ -127,6 +148,21 @@ def _print_plan(job: Job, as_json: bool) -> None:
     for name, plan in plans.items():
         for reason in sorted({d.reason for d in plan.decisions if not d.native}):
             print_line(f"{name}: folded: {reason}")
+
+
+def _print_memory(job: Job, as_json: bool) -> None:
+    """What there will be in memory at each moment, beside the interpreter."""
+    ahead = pipeline.prospect(job)
+    steps = [(pipeline.step_name(step), step) for step in job.recipe.steps]
+    moments = memory.plan(ahead.source, steps, ahead.samples)
+    most = memory.peak(moments)
+    if as_json:
+        print_json({"peak_bytes": most.total, "moments": [{**asdict(m), "total": m.total} for m in moments]})
+        return
+    parts = ("blocks", "embeddings", "activations", "grams", "decoded", "beside", "total")
+    rows = [(m.step, m.name, *(f"{getattr(m, part) / MIB:,.0f}" for part in parts)) for m in moments]
+    print_table("Memory in MiB", ("step", "moment", *parts), rows)
+    print_line(f"peak: {most.total / MIB:,.0f} MiB beside the interpreter, in {most.step}: {most.name}")
 
 
 def _print_steps(steps: Sequence[str], source: Model, model: Model) -> None:

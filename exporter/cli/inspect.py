@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from exporter import artifact as artifacts
-from exporter import calibrate, checking, pipeline, plugins
+from exporter import calibrate, checking, encoders, pipeline, plugins
 from exporter import evaluate as evaluation
-from exporter.cli.export import print_outcomes, refuse_failed
+from exporter.cli.export import note_generic, print_outcomes, refuse_failed
 from exporter.cli.screen import print_json, print_line, watch
-from exporter.errors import ArtifactError
+from exporter.errors import ArtifactError, PocketError
 from exporter.model import Model
 from exporter.plugins import Session
 from exporter.session import TorchSession, greedy
 from exporter.tokenizer import Tokenizer
+
+SAMPLE = "One text, 2 tokenizers: are they the same?"
 
 
 def check(folder: Path, model_folder: Path | None, as_json: bool) -> None:
@@ -39,9 +43,12 @@ def check(folder: Path, model_folder: Path | None, as_json: bool) -> None:
 
 
 def run(name: str, prompt: str, new_tokens: int, as_json: bool) -> None:
-    """Print the greedy text of an artifact or a model."""
+    """Print the greedy text of an artifact or a model; of an encoder, the embedding of the prompt."""
     session, tokenizer, eos = _open(name)
     asked = tokenizer.encode(prompt)
+    if not session.causal:
+        _print_embedding(session, [*asked, *eos[:1]], as_json)
+        return
     tokens = list(greedy(session, asked, new_tokens, eos))
     text = tokenizer.decode([*asked, *tokens])
     if as_json:
@@ -50,18 +57,68 @@ def run(name: str, prompt: str, new_tokens: int, as_json: bool) -> None:
         print_line(text)
 
 
-def evaluate(name: str, text: Path, windows: int, length: int, seed: int, as_json: bool) -> None:
-    """Print the perplexity of an artifact or a model on a text."""
-    session, tokenizer, _ = _open(name)
+def evaluate(
+    name: str, text: Path, reference: str | None, windows: int, length: int, seed: int, as_json: bool
+) -> None:  # fmt: skip
+    """Print the perplexity of an artifact or a model on a text, and how far it is from a reference.
+
+    Raises:
+        PocketError: an encoder without a reference, or a reference of another kind, tokenizer or context.
+    """
+    session, tokenizer, eos = _open(name)
+    right = None if reference is None else _reference(reference, session, tokenizer)
+    if not session.causal and right is None:
+        raise PocketError(f"{name} is an encoder, which has no perplexity; give what to compare it with by --reference")
+    longest = min(session.context, session.context if right is None else right.context)
     tokens = tokenizer.encode_plain(pipeline.read_text(text))
-    drawn = calibrate.windows(tokens, windows, min(length, session.context), seed, tokenizer.bos)
-    with watch(["evaluate"]) as shown, shown.stage("evaluate") as report:
-        found = evaluation.perplexity(session, drawn, report)
+    drawn = calibrate.windows(tokens, windows, min(length, longest), seed, tokenizer.bos)
+    if not session.causal and eos:
+        drawn[:, -1] = eos[0]  # an encoder's texts end in [SEP]
+    found, lines = _measured(session, right, drawn)
     if as_json:
-        print_json({**found.model_dump(mode="json"), "windows": windows, "length": length, "seed": seed})
+        print_json({**found, "windows": windows, "length": drawn.shape[1], "seed": seed})
     else:
-        print_line(f"perplexity {found.perplexity:.4f} (mean loss {found.nll:.4f}, {found.tokens:,} tokens, {windows} "
-                   f"windows of {length}, seed {seed})")  # fmt: skip
+        for line in lines:
+            print_line(f"{line} ({drawn.numel():,} tokens, {windows} windows of {drawn.shape[1]}, seed {seed})")
+
+
+def _measured(session: Session, right: Session | None, drawn: Tensor) -> tuple[dict[str, object], list[str]]:
+    """What there is to say of a session on windows of a text: numbers by name, and lines for people."""
+    with watch(["evaluate"]) as shown, shown.stage("evaluate") as report:
+        if right is not None and not session.causal:
+            near = encoders.agreement(right, session, drawn, report)
+            cosines = f"cosine of embeddings {near.cosine_mean:.6f} mean, {near.cosine_worst:.6f} worst"
+            errors = f"of hidden states {near.relative_l2_mean:.2e} mean, {near.relative_l2_worst:.2e} worst"
+            return near.model_dump(mode="json"), [f"{cosines}; relative L2 {errors}"]
+        found = evaluation.perplexity(session, drawn, report)
+        lines = [f"perplexity {found.perplexity:.4f}, mean loss {found.nll:.4f}"]
+        if right is None:
+            return found.model_dump(mode="json"), lines
+        apart = evaluation.agreement(right, session, drawn)
+    lines.append(f"KL from the reference {apart.kl:.3e} nats, the same likeliest token at {apart.top1:.2%}")
+    return {**found.model_dump(mode="json"), "reference": apart.model_dump(mode="json")}, lines
+
+
+def _reference(name: str, session: Session, tokenizer: Tokenizer) -> Session:
+    """The session of a reference, refused where it is not of the candidate's kind."""
+    right, own, _ = _open(name)
+    if right.causal != session.causal:
+        raise PocketError(f"{name} and its candidate are not both encoders, or both decoders")
+    if own.bos != tokenizer.bos or own.encode_plain(SAMPLE) != tokenizer.encode_plain(SAMPLE):
+        raise PocketError(f"{name} has another tokenizer than its candidate, so their numbers cannot be compared")
+    return right
+
+
+def _print_embedding(session: Session, tokens: list[int], as_json: bool) -> None:
+    session.reset()
+    hidden = session.step(tokens)
+    vector = encoders.embedding(hidden)
+    if as_json:
+        print_json({"prompt": tokens, "embedding": vector.tolist()})
+        return
+    first = ", ".join(f"{value:.4f}" for value in vector[:8].tolist())
+    print_line(f"an encoder: {len(tokens)} tokens, {hidden.shape[1]} channels")
+    print_line(f"embedding (mean of hidden states, of length {float(hidden.mean(0).norm()):.4f}, made 1): {first}, ...")
 
 
 def _open(name: str) -> tuple[Session, Tokenizer, tuple[int, ...]]:
@@ -73,6 +130,7 @@ def _open(name: str) -> tuple[Session, Tokenizer, tuple[int, ...]]:
         session = plugins.target(made.target).session(folder)
         files = {path.name: path.read_bytes() for path in folder.glob("tokenizer*.json")}
         return session, Tokenizer(files, made.model.bos, made.model.vocab), tuple(made.model.eos)
+    note_generic(name)
     model = pipeline.load(name)
     return TorchSession(model), pipeline.tokenizer_of(model), model.architecture.eos
 

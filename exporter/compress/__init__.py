@@ -9,12 +9,20 @@ from __future__ import annotations
 from typing import Any, cast
 
 from exporter.calibrate import Samples
-from exporter.compress import fasp, quantize
+from exporter.compress import adapruner, casp, fasp, pbs2p, quantize, recovery, swsc
 from exporter.compress.step import Journal, Method
 from exporter.errors import RecipeError
 from exporter.model import Model
 
-METHODS: dict[str, Method] = {"fasp": cast(Method, fasp), "quantize": cast(Method, quantize)}
+METHODS: dict[str, Method] = {
+    "adapruner": cast(Method, adapruner),
+    "casp": cast(Method, casp),
+    "fasp": cast(Method, fasp),
+    "lora": cast(Method, recovery),
+    "pbs2p": cast(Method, pbs2p),
+    "quantize": cast(Method, quantize),
+    "swsc": cast(Method, swsc),
+}
 
 
 def find(kind: str) -> Method:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from exporter import adapters
 from exporter.calibrate import Calibration, Samples
-from exporter.compress.step import Journal, StepConfig, layer_sites
+from exporter.compress.step import Journal, StepConfig, layer_sites, resized
 from exporter.compress.walk import walk
 from exporter.errors import RecipeError
 from exporter.maths.channels import column_scores, restored, strongest
+from exporter.maths.groups import kept_width
 from exporter.model import Layer, Model
 from exporter.weights import Dense, describe
 
@@ -77,13 +78,7 @@ def predict(model: Model, config: FaspConfig) -> Model:
         if layer.value_dim != before[index].value_dim:
             model = _bias_moved_in_shape(model, index)
         model = model.with_layer(index, layer)
-    shapes = adapters.find(model.architecture.family).shapes(model.architecture)
-    lengths = {**shapes.tensors, **shapes.optional}
-    changed = {site: Dense(torch.empty(shape, device="meta", dtype=_values(model, site).dtype))
-               for site, shape in shapes.weights.items() if model.weights[site].shape != shape}  # fmt: skip
-    shorter = {name: torch.empty(lengths[name], device="meta", dtype=tensor.dtype)
-               for name, tensor in model.tensors.items() if tensor.shape != (lengths[name],)}  # fmt: skip
-    return model.with_weights(changed).with_tensors(shorter).with_step(config.model_dump(mode="json"))
+    return resized(model).with_step(config.model_dump(mode="json"))
 
 
 def multiplier(model: Model) -> float:
@@ -115,20 +110,6 @@ def pruned_widths(model: Model, config: FaspConfig) -> tuple[Layer, ...]:
     return tuple(_pruned_layer(layer, share, config.multiple) for layer in layers)
 
 
-def kept_width(width: int, share: float, multiple: int) -> int:
-    """What stays of a width: the multiple nearest to `width * (1 - share)`, at least one; or the whole width.
-
-    Args:
-        width: Channels.
-        share: To remove, 0 <= share < 1.
-        multiple: >= 1.
-    """
-    wanted = width * (1 - share)
-    below = max(multiple, int(wanted) // multiple * multiple)
-    choices = [min(kept, width) for kept in (below, below + multiple)]
-    return choices[0] if abs(choices[0] - wanted) <= abs(choices[1] - wanted) else choices[1]
-
-
 def value_multiple(value_dim: int, multiple: int) -> int:
     """The largest divisor of `multiple` that is at most a quarter of a value head, at least 1."""
     return max((d for d in range(1, value_dim // QUARTER + 1) if multiple % d == 0), default=1)
@@ -150,8 +131,9 @@ def value_channels(scores: Tensor, layer: Layer, keep: int) -> tuple[Tensor, Ten
     group = layer.heads // layer.kv_heads
     per_channel = scores.reshape(layer.kv_heads, group, layer.value_dim).sum(1)
     kept = strongest(per_channel, keep)  # [kv_heads, keep]
-    rows = torch.arange(layer.kv_heads)[:, None] * layer.value_dim + kept
-    columns = torch.arange(layer.heads)[:, None] * layer.value_dim + kept.repeat_interleave(group, dim=0)
+    heads = torch.arange(layer.heads, device=kept.device)[:, None]
+    rows = heads[: layer.kv_heads] * layer.value_dim + kept
+    columns = heads * layer.value_dim + kept.repeat_interleave(group, dim=0)
     return rows.flatten(), columns.flatten()
 
 

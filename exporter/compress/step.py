@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from exporter import adapters
+from exporter.adapters import generic
 from exporter.calibrate import Samples
 from exporter.model import Model
+from exporter.weights import Dense
 
 
 class StepConfig(BaseModel):
@@ -90,14 +93,42 @@ class Method(Protocol):
 
 
 def layer_sites(model: Model, layer: int) -> tuple[str, ...]:
-    """Sites of a decoder layer's matrices, in the order in which a token meets them."""
+    """Sites of a decoder layer's matrices, in the order in which a token meets them.
+
+    Raises:
+        RecipeError: the model is one that only transformers knows.
+    """
     adapter = adapters.find(model.architecture.family)
     attention, mlp = adapter.attention_sites(layer), adapter.mlp_sites(layer)
     gate = () if mlp.gate is None else (mlp.gate,)
     return attention.q, attention.k, attention.v, attention.o, *gate, mlp.up, mlp.down
 
 
+def matrices(model: Model, layer: int) -> tuple[str, ...]:
+    """The same where all matrices are alike to a method: also of the one layer that only transformers knows."""
+    is_known = model.architecture.config is None
+    return layer_sites(model, layer) if is_known else generic.sites(model.architecture)
+
+
 def token_tables(model: Model) -> list[str]:
     """Token embedding and, where it is not tied, head."""
+    if model.architecture.config is not None:
+        return [generic.table(model.architecture)]
     adapter = adapters.find(model.architecture.family)
     return [adapter.EMBEDDING] if model.architecture.tied else [adapter.EMBEDDING, adapter.HEAD]
+
+
+def resized(model: Model) -> Model:
+    """The model in the shapes that its architecture says; what has another shape now becomes empty, on the meta device.
+
+    Args:
+        model: Matrices that change their shape are dense.
+    """
+    shapes = adapters.find(model.architecture.family).shapes(model.architecture)
+    lengths = {**shapes.tensors, **shapes.optional}
+    weights = {site: Dense(torch.empty(shapes.weights[site], device="meta", dtype=weight.values.dtype))
+               for site, weight in model.weights.items()
+               if isinstance(weight, Dense) and weight.shape != shapes.weights[site]}  # fmt: skip
+    tensors = {name: torch.empty(lengths[name], device="meta", dtype=tensor.dtype)
+               for name, tensor in model.tensors.items() if tensor.shape != (lengths[name],)}  # fmt: skip
+    return model.with_weights(weights).with_tensors(tensors)

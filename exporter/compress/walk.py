@@ -30,7 +30,7 @@ def walk(model: Model, samples: Samples | None, block: Block, journal: Journal) 
     )
     for layer in range(done, count):
         after = block(model, layer, calibration)
-        if calibration is not None:
+        if calibration is not None and layer + 1 < count:  # behind the last one stands nothing
             calibration.advance(after, layer)
         model = journal.keep(model, after, layer, () if calibration is None else calibration.activations)
         journal.report((layer + 1) / count)

@@ -100,19 +100,20 @@ def fit(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     best = _scale_and_zero(low, high, grid)
     if grid.search == "max":
         return best
-    least = _squared_error(values, *best, grid)
+    room = torch.empty_like(values)
+    least = _squared_error(values, *best, grid, room)
     for shrink in SHRINKS[1:]:
         tried = _scale_and_zero(low * shrink, high * shrink, grid)
-        error = _squared_error(values, *tried, grid)
+        error = _squared_error(values, *tried, grid, room)
         is_better = error < least  # a tie keeps the larger scale, so runs repeat
         best = torch.where(is_better, tried[0], best[0]), torch.where(is_better, tried[1], best[1])
         least = torch.minimum(error, least)
     return best
 
 
-def encode(values: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
-    """The nearest codes, as floats, of values that broadcast with scales and zeros."""
-    return (values / scales + zeros).round().clamp(0, grid.top)
+def encode(values: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
+    """The nearest codes, as floats, of values that scales and zeros broadcast to; maybe put into `out`."""
+    return torch.div(values, scales, out=out).add_(zeros).round_().clamp_(0, grid.top)
 
 
 def low_bit(codes: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> LowBit:
@@ -150,6 +151,7 @@ def _as_half(scales: Tensor) -> Tensor:
     return scales.clamp(SMALLEST, LARGEST).half().to(scales.dtype)
 
 
-def _squared_error(values: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
-    decoded = (encode(values, scales, zeros, grid) - zeros) * scales
-    return (values - decoded).square().sum(-1, keepdim=True)
+def _squared_error(values: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, room: Tensor) -> Tensor:
+    """Of each group [..., 1]; worked out in `room`, which is as large as the values."""
+    decoded = encode(values, scales, zeros, grid, room).sub_(zeros).mul_(scales)
+    return decoded.sub_(values).square_().sum(-1, keepdim=True)

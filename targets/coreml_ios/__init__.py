@@ -1,4 +1,4 @@
-"""Core ML: an iOS 18 ML program with its keys and values as states, written with the MIL builder.
+"""Core ML: an iOS 18 ML program, a decoder's with its keys and values as states, written with the MIL builder.
 
 There is no Core ML on this machine, so nothing is run: the constants are read back bit for bit and the interface is
 compared. coremltools takes seconds to import; it is imported by the methods that need it.

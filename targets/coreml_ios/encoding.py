@@ -209,8 +209,10 @@ def _zeros(weight: LowBit) -> Literal["none", "integer", "float16"] | None:
     if weight.is_symmetric:
         return "none"
     zeros = weight.zeros
-    if zeros.is_meta or bool(((zeros % 1 == 0) & (zeros >= 0) & (zeros < 2**weight.bits)).all()):
+    if weight.has_whole_zeros:
         return "integer"
+    if zeros.is_meta:  # fractions of unknown fineness, as binarization gives them
+        return None
     finest = next((step for step in (1, 2, 4, 8, 16, 32, 64) if bool((zeros * step % 1 == 0).all())), None)
     reach = float(zeros.abs().max()) + 2**weight.bits
     return "float16" if finest is not None and reach * finest <= EXACT else None

@@ -20,7 +20,7 @@ from exporter.weights import LowBit, Sparse
 from targets.coreml_ios.constants import Array, Constant, Stored
 from targets.coreml_ios.encoding import Form, form, labels, leaves, padded_width
 from targets.coreml_ios.ops import ZEROS, rope_tables, state_shapes
-from targets.coreml_ios.package import NAME, write
+from targets.coreml_ios.package import HIDDEN, LOGITS, NAME, write
 from targets.coreml_ios.reader import Interface, Package, block_of
 
 ROLES = {  # parameter of a constexpr operation -> what it is of a leaf
@@ -86,9 +86,12 @@ def _interface(package: Package, model: Model, plan: Plan) -> Iterator[Finding]:
     keys, values = (tuple((n, n) for n in shape) for shape in state_shapes(model.architecture, plan.context))
     said, wanted = package.interface(), Interface(
         inputs={"inputIds": ((one, flexible), "int32"), "causalMask": ((one, one, flexible, flexible), "fp16")},
-        outputs={"logits": ((), "fp16")},
+        outputs={LOGITS: ((), "fp16")},
         states={"keyCache": (keys, "fp16"), "valueCache": (values, "fp16")},
     )  # fmt: skip
+    if not model.architecture.causal:
+        ids = {"inputIds": wanted.inputs["inputIds"]}
+        wanted = Interface(inputs=ids, outputs={HIDDEN: ((), "fp16")}, states={})
     for kind, is_, should_be in [("inputs", said.inputs, wanted.inputs), ("outputs", said.outputs, wanted.outputs),
                                  ("states", said.states, wanted.states)]:  # fmt: skip
         yield Finding(kind, is_ == should_be, f"{is_}" + ("" if is_ == should_be else f", not {should_be}"))

@@ -2,7 +2,7 @@
 
 Everything is float16. Keys and values live in two states that all layers share, [layers, kv_heads, context, channels];
 narrower layers use the first of their heads and channels. There is no position input: the new tokens are the last
-columns of the mask.
+columns of the mask. An encoder has neither states nor mask: its tokens are a whole text.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from exporter.ops import AttentionSpec, Leaf, Ops
 from exporter.weights import Product, Shared, Sum, Weight
 from targets.coreml_ios.backend import mb, types
 from targets.coreml_ios.encoding import Array, Parts, float16, labels, leaves, padded_width, parts
+from targets.coreml_ios.planning import LEAST
 
 ZEROS = "zeros"  # prefix of the names of biases that do nothing
 Var = Any  # coremltools' own Var, which has no types for mypy
@@ -59,23 +60,35 @@ class Cache:
         )  # a layer narrower than the widest
 
 
+@dataclass
+class Past:
+    """What a decoder is given beside its tokens.
+
+    Args:
+        mask: [1, 1, tokens, end], float16: 0 where a token may look, -1e4 where not.
+        keys, values: The caches.
+    """
+
+    mask: Var
+    keys: Cache
+    values: Cache
+
+
 class CoreMLOps(Ops[Var]):
     """The verbs as MIL operations.
 
     Args:
         model: Its weights are the trees that are stored.
         ids: [1, tokens], int32.
-        mask: [1, 1, tokens, end], float16: 0 where a token may look, -1e4 where not.
-        keys, values: The states.
         context: Longest end.
+        past: What a decoder has and an encoder has not.
     """
 
-    def __init__(self, model: Model, ids: Var, mask: Var, keys: Var, values: Var, context: int) -> None:
+    def __init__(self, model: Model, ids: Var, context: int, past: Past | None = None) -> None:
         super().__init__(model)
-        self.mask, self.context = mask, context
-        self.keys, self.values = Cache(keys), Cache(values)
-        self.end = _length(mask, 3)
-        self.start = mb.sub(x=self.end, y=_length(ids, 1))
+        self.context, self.past = context, past
+        self.end = _length(ids, 1) if past is None else _length(past.mask, 3)
+        self.start = 0 if past is None else mb.sub(x=self.end, y=_length(ids, 1))
         trees = model.weights.items()
         self._names = {id(part): name for tree in trees for name, part in (*leaves(*tree), *labels(*tree))}
         self._constants: dict[str, Var] = {}
@@ -126,7 +139,8 @@ class CoreMLOps(Ops[Var]):
 
     def positions(self, offset: int = 0) -> Var:
         """Positions of the new tokens plus `offset`, [tokens]."""
-        first, last = mb.add(x=self.start, y=offset), mb.add(x=self.end, y=offset)
+        first = offset if self.past is None else mb.add(x=self.start, y=offset)
+        last = mb.add(x=self.end, y=offset)
         return mb.range_1d(start=first, end=last, step=1)
 
     def rows(self, ids: Var, weight: Weight) -> Var:
@@ -173,13 +187,13 @@ class CoreMLOps(Ops[Var]):
         weight, channels = self.tensor(f"{site}.weight"), x.shape[-1]
         split = x if heads == 1 else mb.reshape(x=x, shape=[1, -1, heads, channels // heads])
         mean = mb.reduce_mean(x=mb.mul(x=split, y=split), axes=[-1], keep_dims=True)
-        scale = mb.rsqrt(x=mean, epsilon=np.float16(self.model.architecture.norm_eps))
+        scale = mb.rsqrt(x=mean, epsilon=stored_epsilon(self.model.architecture.norm_eps))
         normed = mb.mul(x=mb.mul(x=split, y=scale), y=weight)
         return normed if heads == 1 else mb.reshape(x=normed, shape=[1, -1, channels])
 
     def layer_norm(self, x: Var, site: str, eps: float | None = None) -> Var:
         weight, bias = self.tensor(f"{site}.weight"), self.tensor(f"{site}.bias")
-        epsilon = np.float16(self.model.architecture.norm_eps if eps is None else eps)
+        epsilon = stored_epsilon(self.model.architecture.norm_eps if eps is None else eps)
         return mb.layer_norm(x=x, axes=[-1], gamma=weight, beta=bias, epsilon=epsilon)
 
     def activation(self, x: Var, name: str) -> Var:
@@ -207,13 +221,19 @@ class CoreMLOps(Ops[Var]):
         k = self.rotate(_heads_first(k, spec.kv_heads), spec)
         v = _heads_first(v, spec.kv_heads)
         groups = spec.heads // spec.kv_heads
-        k = self.keys.append(layer, k, spec.kv_heads, spec.head_dim, self.start, self.end)
-        v = self.values.append(layer, v, spec.kv_heads, spec.value_dim, self.start, self.end)
+        k, v, mask = self._remembered(k, v, layer, spec) if spec.causal else (_squeezed(k), _squeezed(v), {})
         k, v = _repeat_heads(k, groups, spec.head_dim), _repeat_heads(v, groups, spec.value_dim)
         own_scale = spec.scale * math.sqrt(spec.head_dim)  # the operation itself divides by sqrt(head_dim)
         q = q if math.isclose(own_scale, 1, rel_tol=1e-6) else mb.mul(x=q, y=np.float16(own_scale))
-        y = mb.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=self.mask)  # a narrower v may be
+        y = mb.scaled_dot_product_attention(query=q, key=k, value=v, **mask)  # a narrower v may be
         return mb.reshape(x=mb.transpose(x=y, perm=[0, 2, 1, 3]), shape=[1, -1, spec.heads * spec.value_dim])
+
+    def _remembered(self, k: Var, v: Var, layer: int, spec: AttentionSpec) -> tuple[Var, Var, dict[str, Var]]:
+        """Keys and values of the whole text so far, [kv_heads, end, channels], and the mask that goes with them."""
+        assert self.past is not None
+        k = self.past.keys.append(layer, k, spec.kv_heads, spec.head_dim, self.start, self.end)
+        v = self.past.values.append(layer, v, spec.kv_heads, spec.value_dim, self.start, self.end)
+        return k, v, {"attn_mask": self.past.mask}
 
     def rotate(self, x: Var, spec: AttentionSpec) -> Var:
         """Turn each head of x [1, heads, tokens, head_dim] by its position."""
@@ -244,6 +264,11 @@ def rope_tables(rope: Rope, head_dim: int, context: int) -> dict[str, Tensor]:
     """Cosines and sines by the names of their constants, each [context, head_dim / 2], float32."""
     cos, sin = rope.table(head_dim, context)
     return {f"rope.cos.{head_dim}": cos, f"rope.sin.{head_dim}": sin}
+
+
+def stored_epsilon(eps: float) -> Any:
+    """An epsilon in float16, where the least number over 0 stands for what would be 0: a row of zeros stays finite."""
+    return max(np.float16(eps), np.float16(LEAST))
 
 
 def state_shapes(architecture: Architecture, context: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -303,6 +328,11 @@ def _cut(x: Var, width: int) -> Var:
     ends = [0] * (x.rank - 1) + [width]
     masks = [True] * (x.rank - 1) + [False]
     return mb.slice_by_index(x=x, begin=[0] * x.rank, end=ends, begin_mask=[True] * x.rank, end_mask=masks)
+
+
+def _squeezed(x: Var) -> Var:
+    """[1, heads, tokens, dim] to [heads, tokens, dim]."""
+    return mb.squeeze(x=x, axes=[0])
 
 
 def _heads_first(x: Var, heads: int) -> Var:

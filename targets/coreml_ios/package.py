@@ -16,10 +16,11 @@ from exporter.errors import OutputError
 from exporter.model import Model
 from exporter.plugins import Plan
 from targets.coreml_ios.backend import ct, get_new_symbol, mb, quiet, types
-from targets.coreml_ios.ops import CoreMLOps, state_shapes
+from targets.coreml_ios.ops import Cache, CoreMLOps, Past, state_shapes
 from targets.coreml_ios.reader import FOLDER, ROOT, SPECIFICATION, WEIGHTS
 
 NAME = "model.mlpackage"
+LOGITS, HIDDEN = "logits", "lastHiddenState"
 
 
 def write(model: Model, plan: Plan, path: Path) -> None:
@@ -30,7 +31,7 @@ def write(model: Model, plan: Plan, path: Path) -> None:
         OutputError: the disk is full: constants pass through the temporary folder (TMPDIR) first.
     """
     program = _program(model.with_weights(plan.weights), plan.context)
-    converted = _converted(program, plan.context, path)
+    converted = _converted(program, plan.context, model.architecture.causal, path)
     specification = converted.get_spec()
     specification.description.metadata.Clear()  # the date of the conversion is in there
     (path / ROOT / SPECIFICATION).write_bytes(specification.SerializeToString(deterministic=True))
@@ -38,26 +39,30 @@ def write(model: Model, plan: Plan, path: Path) -> None:
 
 
 def _program(model: Model, context: int) -> Any:
+    adapter, architecture = adapters.find(model.architecture.family), model.architecture
     tokens, end = get_new_symbol(), get_new_symbol()
-    keys, values = state_shapes(model.architecture, context)
+    keys, values = state_shapes(architecture, context)
     specs = [
         mb.TensorSpec((1, tokens), dtype=types.int32), mb.TensorSpec((1, 1, tokens, end), dtype=types.fp16),
         mb.StateTensorSpec(keys, dtype=types.fp16), mb.StateTensorSpec(values, dtype=types.fp16),
     ]  # fmt: skip
 
-    @mb.program(input_specs=specs, opset_version=ct.target.iOS18)  # type: ignore[untyped-decorator]
-    def program(inputIds: Any, causalMask: Any, keyCache: Any, valueCache: Any) -> Any:  # noqa: N803 (Apple's names)
-        ops = CoreMLOps(model, inputIds, causalMask, keyCache, valueCache, context)
-        return mb.identity(x=adapters.logits(adapters.find(model.architecture.family), ops, inputIds), name="logits")
+    def decoder(inputIds: Any, causalMask: Any, keyCache: Any, valueCache: Any) -> Any:  # noqa: N803 (Apple's names)
+        ops = CoreMLOps(model, inputIds, context, Past(causalMask, Cache(keyCache), Cache(valueCache)))
+        return mb.identity(x=adapters.logits(adapter, ops, inputIds), name=LOGITS)
 
-    return program
+    def encoder(inputIds: Any) -> Any:  # noqa: N803
+        return mb.identity(x=adapters.logits(adapter, CoreMLOps(model, inputIds, context), inputIds), name=HIDDEN)
+
+    written = mb.program(input_specs=specs if architecture.causal else specs[:1], opset_version=ct.target.iOS18)
+    return written(decoder if architecture.causal else encoder)
 
 
-def _converted(program: Any, context: int, path: Path) -> Any:
+def _converted(program: Any, context: int, is_decoder: bool, path: Path) -> Any:
     trouble = ""
     with quiet():
         try:
-            return _convert(program, context, path)
+            return _convert(program, context, is_decoder, path)
         except RuntimeError as error:  # how coremltools' C++ writer says that a file could not be written
             if not any(words in str(error) for words in ("filesystem error", "MIL FileWriter")):
                 raise
@@ -65,12 +70,14 @@ def _converted(program: Any, context: int, path: Path) -> Any:
     raise OutputError(f"{path} or {tempfile.gettempdir()}: {trouble}; is the disk full?")
 
 
-def _convert(program: Any, context: int, path: Path) -> Any:
+def _convert(program: Any, context: int, is_decoder: bool, path: Path) -> Any:
     tokens, end = ct.RangeDim(1, context, default=1), ct.RangeDim(1, context, default=1)
-    inputs = [ct.TensorType("inputIds", (1, tokens), dtype=np.int32),
-              ct.TensorType("causalMask", (1, 1, tokens, end), dtype=np.float16)]  # fmt: skip
+    inputs = [ct.TensorType("inputIds", (1, tokens), dtype=np.int32)]
+    if is_decoder:
+        inputs.append(ct.TensorType("causalMask", (1, 1, tokens, end), dtype=np.float16))
+    outputs = [ct.TensorType(LOGITS if is_decoder else HIDDEN, dtype=np.float16)]
     return ct.convert(
-        program, inputs=inputs, outputs=[ct.TensorType("logits", dtype=np.float16)], package_dir=str(path),
+        program, inputs=inputs, outputs=outputs, package_dir=str(path),
         minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
     )  # fmt: skip
 

@@ -8,13 +8,16 @@ from exporter.artifact import Budget, Decision
 from exporter.equivalents import decide
 from exporter.errors import TargetError
 from exporter.model import Model
-from exporter.plugins import Plan
-from exporter.weights import LowBit, Weight, nodes
+from exporter.plugins import Plan, refuse_generic, refuse_pictures
+from exporter.weights import LowBit, Sparse, Weight, nodes
 from targets.coreml_ios.encoding import Form, form, leaves, price, with_stored_scales
 
+LEAST = 2.0**-24  # the least float16 over 0
+ENCODER = "an encoder: inputIds are a whole text, special tokens included; out comes lastHiddenState; no states"
 BLOB = 128  # bytes of a blob beside its data: its record, and zeros up to a multiple of 64
 BLOBS = 3  # of a leaf, at most: codes, scales, zero points or mask or table
 OPERATIONS = 17_000  # bytes of a layer's operations in model.mlmodel (measured)
+SPARSE_OPERATIONS = 750  # more of them for a sparse leaf, which takes two (measured: 471 over blocks, 724 over tables)
 HALF_ULP = 2.0**-11  # relative: one rounding to float16
 NORM, ATTENTION, MLP, ADDS = 6, 8, 6, 2  # roundings on the way through, constants' own included
 IOS, TABLES_IOS = {"ios": "18.0", "macos": "15.0"}, {"ios": "18.2", "macos": "15.2"}
@@ -26,6 +29,8 @@ def plan(model: Model, context: int) -> Plan:
     Raises:
         TargetError: the context is not possible, or heads that are turned have an odd size.
     """
+    refuse_pictures("coreml-ios", model)
+    refuse_generic("coreml-ios", model)
     _check(model, context)
     decided = [_decide(site, weight) for site, weight in model.weights.items()]
     weights = {decision.site: weight for weight, decision in decided}
@@ -80,18 +85,30 @@ def _other_bytes(model: Model, weights: Mapping[str, Weight], context: int) -> i
     rope = sum(2 * context * size // 2 for size in head_sizes)
     widths = {weight.shape[0] for site, weight in weights.items() if f"{site}.bias" not in model.tensors}
     numbers = rope + sum(widths) + sum(tensor.numel() for tensor in model.tensors.values())
-    blobs = BLOBS * sum(1 for site, weight in weights.items() for _ in leaves(site, weight))
+    stored = [leaf for site, weight in weights.items() for _, leaf in leaves(site, weight)]
+    operations = OPERATIONS * (len(architecture.layers) + 1)
+    operations += SPARSE_OPERATIONS * sum(isinstance(leaf, Sparse) for leaf in stored)
+    blobs = BLOBS * len(stored)
     blobs += 2 * len(head_sizes) + len(widths) + len(model.tensors)
-    return 2 * numbers + BLOB * blobs + OPERATIONS * (len(architecture.layers) + 1)
+    return 2 * numbers + BLOB * blobs + operations
 
 
 def _notes(model: Model, weights: Mapping[str, Weight]) -> tuple[str, ...]:
     system = requires(weights)
-    notes = [f"needs iOS {system['ios']} or macOS {system['macos']}: a stateful program"]
+    needs = f"needs iOS {system['ios']} or macOS {system['macos']}"
+    if not model.architecture.causal:
+        return f"{needs}: its attention, and the types of its weights", ENCODER, *_raised_epsilon(model)
+    notes = [f"{needs}: a stateful program", *_raised_epsilon(model)]
     layers = model.architecture.layers
     if len({(layer.kv_heads, layer.head_dim, layer.value_dim) for layer in layers}) > 1:
         notes.append("keyCache and valueCache are as wide as the widest layer; narrower layers leave the rest zero")
     return tuple(notes)
+
+
+def _raised_epsilon(model: Model) -> list[str]:
+    """Said where float16 has no such number, and another one is added to variances."""
+    eps = model.architecture.norm_eps
+    return [f"norms add {LEAST:.0e}, float16's least number, where the model adds {eps:g}"] if eps < LEAST / 2 else []
 
 
 def _is_padded(weight: Weight) -> bool:

@@ -30,7 +30,7 @@ class ExecutorchAndroid:
 
     def lower(self, model: Model, plan: Plan, folder: Path) -> Mapping[str, str]:
         _load("package").write(model, plan, folder)
-        tokenizer = spoken.tokenizer(model.files)
+        tokenizer = spoken.tokenizer(model.files) if model.architecture.causal else None
         if tokenizer is not None:
             (folder / spoken.FILE).write_bytes(tokenizer)
         return {"executorch": "1.4.1"}
@@ -49,7 +49,7 @@ class ExecutorchAndroid:
     def session(self, folder: Path, threads: int = 1) -> Session:
         runner = _load("runner")
         with noise.muted():
-            session: Session = runner.ExecutorchSession(folder, threads)
+            session: Session = runner.open_session(folder, threads)
         return session
 
 

@@ -153,7 +153,7 @@ def _digits(weight: LowBit) -> Weight:
 def whole_values(weight: LowBit) -> Tensor | None:
     """Codes minus zero points, [out, in], int16, or None where a zero point is not a whole number."""
     zeros = weight.zeros
-    if not zeros.is_meta and bool((zeros != zeros.round()).any()):
+    if not weight.has_whole_zeros if zeros.is_meta else bool((zeros != zeros.round()).any()):
         return None
     if zeros.shape != (1, 1):
         zeros = zeros.repeat_interleave(weight.group, dim=1)[:, : weight.shape[1]]

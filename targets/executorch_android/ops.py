@@ -42,16 +42,17 @@ class ExportOps(TorchOps):
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}  # cosines and sines of a call, by head_dim
         self._rows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # values of a call, and these in int8
 
-    def start(self, position: Tensor, tokens: int) -> None:
+    def start(self, position: Tensor | None, tokens: int) -> None:
         """Begin a call.
 
         Args:
-            position: [1], int64: position of the first token.
+            position: [1], int64: position of the first token; None where every call is a whole text.
             tokens: Tokens of this call.
         """
-        first: Any = position[0].item()  # a number that torch.export does not know
-        torch._check(first >= 0)  # type: ignore[no-untyped-call]
-        torch._check(first + tokens <= self.context)  # type: ignore[no-untyped-call]
+        first: Any = 0 if position is None else position[0].item()  # a number that torch.export does not know
+        if position is not None:
+            torch._check(first >= 0)  # type: ignore[no-untyped-call]
+            torch._check(first + tokens <= self.context)  # type: ignore[no-untyped-call]
         self._first, self._position, self._tokens = first, position, tokens
         self._tables = {}
         self._rows = {}
@@ -82,7 +83,8 @@ class ExportOps(TorchOps):
 
     def position_embedding(self, ids: Tensor, site: str, offset: int) -> Tensor:
         counts = self.constant(lambda: torch.arange(self.context), "positions")
-        positions = counts.narrow(0, 0, self._tokens) + self._position + offset
+        positions = counts.narrow(0, 0, self._tokens) + offset
+        positions = positions if self._position is None else positions + self._position
         return self.embedding(positions.view(1, -1), site)
 
     def _shared_lookup(self, ids: Tensor, weight: LowBit) -> Tensor:
@@ -188,7 +190,8 @@ class ExportOps(TorchOps):
         q = _widened(self.rotate(_heads(q, spec.heads), spec), width)
         k = _widened(self.rotate(_heads(k, spec.kv_heads), spec), width)
         v = _widened(_heads(v, spec.kv_heads), width)  # all [1, tokens, heads, width]
-        attended = self._attend(q, k, v, layer, spec.scale)
+        attend = self._attend if spec.causal else self._attend_to_all
+        attended = attend(q, k, v, layer, spec.scale)
         attended = attended[..., : spec.value_dim] if width > spec.value_dim else attended
         return attended.reshape(1, -1, spec.heads * spec.value_dim)
 
@@ -201,6 +204,13 @@ class ExportOps(TorchOps):
         attended: Tensor = Llama.custom_sdpa(q, keys, values, self._first, None, 0.0, True, scale)
         return attended
 
+    def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        """The same operator without mask and cache: its keys are those of this call."""
+        if not torch.compiler.is_exporting():
+            return q
+        attended: Tensor = Llama.custom_sdpa(q, k, v, 0, None, 0.0, False, scale)
+        return attended
+
     def _caches(self, layer: int, heads: int, width: int) -> tuple[Tensor, Tensor]:
         shape = (1, self.context, heads, width)
         keys = self.constant(lambda: torch.zeros(shape), "keys", layer)
@@ -210,11 +220,11 @@ class ExportOps(TorchOps):
         """Turn each head of x [1, tokens, heads, head_dim] by its position."""
         if spec.rope is None:
             return x
-        cos, sin = self._turns(spec)
+        cos, sin = self._turns_now(spec)
         quarter = self.constant(lambda: quarter_turn(spec.head_dim), "quarter turn", spec.head_dim)
         return x * cos + F.linear(x, quarter) * sin
 
-    def _turns(self, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    def _turns_now(self, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Cosines and sines of this call's positions, each [tokens, 1, head_dim]."""
         width, rope = spec.head_dim, spec.rope
         assert rope is not None

@@ -9,14 +9,17 @@ from exporter.artifact import Budget, Decision
 from exporter.equivalents import decide
 from exporter.errors import TargetError
 from exporter.model import Model
-from exporter.plugins import Plan
+from exporter.plugins import Plan, refuse_pictures
 from exporter.weights import Dense, LowBit, Weight, describe, nodes
 from targets.executorch_android import layout, spoken
 from targets.executorch_android.uses import Uses
 
 GRAPH_BYTES, LAYER_BYTES = 8_000, 11_000  # program and delegates without constants; measured on 1 to 8 layers
+MATRIX_BYTES = 5_000  # of a model that only transformers knows, for each matrix with what surrounds it
 ROUNDED_SCALES = "block scales are rounded to bfloat16, the only type that XNNPACK has for them"
 ONCE = "codes are stored once, for the lookup and for XNNPACK"
+ENCODER = "an encoder: forward takes a whole text, special tokens included, and gives its hidden states; no cache"
+UNCACHED = "traced from transformers: nothing is cached, every call takes the whole text so far"
 TWICE = "stored twice: XNNPACK pads its rows to whole groups, which the lookup cannot read"
 
 INT8_STEP = 1 / (127.5 * math.sqrt(12))  # RMS error of rounding to int8, as a share of the row's maximum
@@ -31,6 +34,7 @@ def plan(model: Model, context: int) -> Plan:
     Raises:
         TargetError: the context is longer than the model's positions, or too short to vary.
     """
+    refuse_pictures("executorch-android", model)
     _check(model, context)
     uses = Uses(model)
     chosen = {site: _decide(site, weight, uses) for site, weight in model.weights.items()}
@@ -95,7 +99,8 @@ def _other_bytes(model: Model, context: int) -> int:
     heads = {layer.head_dim for layer in layers} if model.architecture.rope else set()
     tables = sum(4 * (context * width + width * width) for width in heads)  # cosines and sines, the quarter turn
     positions = 0 if model.architecture.rope else 8 * context
-    return vectors + tables + positions + GRAPH_BYTES + LAYER_BYTES * len(layers)
+    graph = LAYER_BYTES * len(layers) if model.architecture.config is None else MATRIX_BYTES * len(model.weights)
+    return vectors + tables + positions + GRAPH_BYTES + graph
 
 
 def _notes(model: Model) -> tuple[str, ...]:
@@ -104,7 +109,11 @@ def _notes(model: Model) -> tuple[str, ...]:
     if unequal:
         which = ", ".join(map(str, unequal))
         notes.append(f"layers {which}: heads of keys and values are padded to one width with zeros, which is exact")
-    if spoken.tokenizer(model.files) is not None:
+    if model.architecture.config is not None:
+        notes.append(UNCACHED)
+    if not model.architecture.causal:
+        notes.append(ENCODER)
+    elif spoken.tokenizer(model.files) is not None:
         notes.append(f"ExecuTorch's LLM runners should be given {spoken.FILE}: with tokenizer.json they drop spaces")
     return tuple(notes)
 
@@ -139,6 +148,8 @@ def budget(model: Model, stored: Plan) -> Budget:
 
 def _gated_sites(model: Model) -> set[str]:
     """Sites whose inputs are products of two activations: the down matrix of a gated MLP."""
+    if model.architecture.config is not None:
+        return set(model.weights)  # unknown: the wider bound
     adapter = adapters.find(model.architecture.family)
     sites = [adapter.mlp_sites(layer) for layer in range(len(model.architecture.layers))]
     return {site.down for site in sites if site.gate is not None}

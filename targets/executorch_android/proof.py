@@ -19,12 +19,12 @@ from torch import Tensor
 from exporter import adapters
 from exporter.model import Model
 from exporter.ops import Leaf
-from exporter.plugins import Finding, Plan
+from exporter.plugins import Finding, Plan, Session
 from exporter.torch_ops import TorchOps, fitting_threads
 from exporter.weights import Dense, LowBit, nodes
 from targets.executorch_android import layout
 from targets.executorch_android.ops import quantized_rows
-from targets.executorch_android.runner import ExecutorchSession
+from targets.executorch_android.runner import open_session
 from targets.executorch_android.uses import Uses
 
 WHAT = "int8 rows in torch"
@@ -64,7 +64,7 @@ def exactness(folder: Path, model: Model, plan: Plan) -> list[Finding]:
     stored = replace(model, weights=plan.weights)
     plain, wanted = _logits(TorchOps(stored), texts), _logits(RoundingOps(stored, 0.0), texts)
     shaken = _logits(RoundingOps(stored, LAST_BITS), texts)
-    found = _quantile(_run(ExecutorchSession(folder), texts), wanted, BEST)
+    found = _quantile(_run(open_session(folder), texts), wanted, BEST)
     bound = max(FLOAT_ERROR, _quantile(shaken, wanted, 0.5))
     detail = f"relative L2 {found:.1e} in the best eighth of {TEXTS} texts, at most {bound:.1e}"
     cost = f"the rounding itself is a relative L2 of {_quantile(wanted, plain, 0.5):.1e} from float rows"
@@ -86,13 +86,15 @@ def _logits(ops: TorchOps, texts: Tensor) -> Tensor:
         return adapters.logits(adapters.find(ops.model.architecture.family), ops, texts)[:, -1]
 
 
-def _run(session: ExecutorchSession, texts: Tensor) -> Tensor:
-    """The same from the runtime: all but one token in one call, the last in another."""
+def _run(session: Session, texts: Tensor) -> Tensor:
+    """The same from the runtime: all but one token in one call, the last in another; an encoder's in one."""
     return torch.stack([_last(session, text) for text in texts.tolist()])
 
 
-def _last(session: ExecutorchSession, text: Sequence[int]) -> Tensor:
+def _last(session: Session, text: Sequence[int]) -> Tensor:
     session.reset()
+    if not session.causal:
+        return session.step(text)[-1]
     session.step(text[:-1])
     return session.step(text[-1:])[-1]
 

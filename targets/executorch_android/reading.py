@@ -27,7 +27,7 @@ from exporter.plugins import Finding, Plan
 from exporter.weights import Dense, LowBit, Shared, Weight, nodes
 from targets.executorch_android import layout
 from targets.executorch_android.ops import mean_row, quarter_turn
-from targets.executorch_android.package import FILE, metadata
+from targets.executorch_android.package import FILE, has_cache, metadata
 from targets.executorch_android.uses import Uses
 
 KINDS = {(4, False): "qbint4", (4, True): "qcint4", (8, True): "qcint8"}  # bits, one scale a row -> XNNPACK's type
@@ -107,25 +107,29 @@ def findings(folder: Path, model: Model, plan: Plan) -> Iterator[Finding]:
     for site, weight in plan.weights.items():
         yield _weight(contents, site, weight, uses)
     yield _tensors(contents, "norms and biases", {name: tensor.float() for name, tensor in model.tensors.items()})
-    yield _tensors(contents, "means, epsilon, rotations", dict(_tables(model, plan.context)))
+    if model.architecture.config is None:
+        yield _tensors(contents, "means, epsilon, rotations", dict(_tables(model, plan.context)))
 
 
 def _interface(contents: Contents, model: Model, plan: Plan) -> Iterator[Finding]:
     expected = metadata(model, plan.context)
     wrong = sorted(name for name, value in expected.items() if contents.methods.get(name) != value)
     yield Finding("constant methods", not wrong, f"wrong or missing: {', '.join(wrong)}" if wrong else "as stated")
-    longest, vocab = expected["get_max_seq_len"], model.architecture.vocab
-    wanted = [("LONG", [1, longest]), ("LONG", [1])], [("FLOAT", [1, longest, vocab])]
+    longest, outputs, cached = expected["get_max_seq_len"], model.architecture.outputs, has_cache(model)
+    wanted = [("LONG", [1, longest]), ("LONG", [1])][: 2 if cached else 1], [("FLOAT", [1, longest, outputs])]
     found = contents.inputs, contents.outputs
-    yield Finding("forward(tokens [1, T], position [1]) -> logits [1, T, vocab]", found == wanted, f"{found}")
-    yield _attention(contents, model)
+    takes = "tokens [1, T], position [1]" if cached else "tokens [1, T]"
+    gives = "logits [1, T, vocab]" if model.architecture.causal else "[1, T, hidden]"
+    yield Finding(f"forward({takes}) -> {gives}", found == wanted, f"{found}")
+    if model.architecture.config is None:  # else transformers decides how it attends
+        yield _attention(contents, model)
 
 
 def _attention(contents: Contents, model: Model) -> Finding:
-    """One causal attention a layer, with its scale, over caches that are both written."""
-    layers = model.architecture.layers
-    wanted = [{"bool_val": [True], "double_val": [0.0, layer.head_dim**-0.5]} for layer in layers]
-    is_same = contents.attention == wanted and contents.kept == 2 * len(layers)
+    """One attention a layer, with its scale; a decoder's is causal, over caches that are both written."""
+    layers, causal = model.architecture.layers, model.architecture.causal
+    wanted = [{"bool_val": [causal], "double_val": [0.0, layer.head_dim**-0.5]} for layer in layers]
+    is_same = contents.attention == wanted and contents.kept == (2 * len(layers) if causal else 0)
     detail = f"{len(contents.attention)} llama::custom_sdpa, {contents.kept} llama::update_cache"
     return Finding("attention", is_same, detail if is_same else f"{detail}: {contents.attention}, not {wanted}")
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime on phones: a decoder as one graph that onnxruntime and onnxruntime-genai run unchanged."""
+"""ONNX Runtime on phones: a model as one graph that onnxruntime, and of decoders onnxruntime-genai, run unchanged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporter.artifact import Budget
 from exporter.model import Model
-from exporter.plugins import Finding, Plan
+from exporter.plugins import Finding, Plan, Session
 from targets.onnxruntime_mobile import package, planning, proof, readback, runner
 from targets.onnxruntime_mobile.constants import MODEL
 
@@ -35,7 +35,7 @@ class OnnxRuntimeMobile:
         is_as_written = all(finding.ok for finding in findings)
         return [*findings, *proof.exactness(folder, model, plan)] if is_as_written else findings
 
-    def session(self, folder: Path, threads: int = 1) -> runner.OnnxSession:
+    def session(self, folder: Path, threads: int = 1) -> Session:
         return runner.open_session(folder / MODEL, threads)
 
 

@@ -1,7 +1,8 @@
 """The verbs as an ONNX graph, written node by node: nothing is traced.
 
 Prefill and decode are one graph; inputs and outputs are named as onnxruntime-genai names them. `attention_mask` says
-by its width how many tokens there are in all, so the position of the first new one is that minus the new ones.
+by its width how many tokens there are in all, so the position of the first new one is that minus the new ones. An
+encoder has neither mask nor cache: `input_ids` are a whole text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, assert_never
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from exporter.errors import TargetError
@@ -18,9 +20,10 @@ from exporter.model import Layer, Model, Rope
 from exporter.ops import AttentionSpec, Leaf, Ops
 from exporter.weights import Dense, LowBit, Sparse
 from targets.onnxruntime_mobile.constants import Constants
-from targets.onnxruntime_mobile.prices import has_whole_zeros, padded_columns
+from targets.onnxruntime_mobile.prices import padded_columns
 
 OPSET, IR_VERSION = 21, 10
+LOGITS, HIDDEN = "logits", "last_hidden_state"
 CONTRIB = "com.microsoft"
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level; the 2- and 8-bit kernels of the others are 50 times slower
 CACHE_MULTIPLE, ROTARY_MULTIPLE = 8, 16  # GroupQueryAttention's head size; and where it turns q and k itself
@@ -53,8 +56,12 @@ class GraphOps(Ops[ir.Value]):
         self._names: dict[int, str] = {}  # id of a leaf to its name; the model keeps the leaf alive
         self.ids = _value("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
         self.mask = _value("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
-        self.inputs = [self.ids, self.mask]
-        self._lengths()
+        self.inputs = [self.ids]
+        if model.architecture.causal:
+            self.inputs.append(self.mask)
+            self._lengths()
+        else:
+            self._start, self._end = self.integers(0), self.emit("Shape", [self.ids], start=1)
 
     def _lengths(self) -> None:
         """What every layer asks of the mask: tokens in all, the last one's index, the first new one's position."""
@@ -84,17 +91,21 @@ class GraphOps(Ops[ir.Value]):
             self._inline[values] = constant
         return self._inline[values]
 
-    def finish(self, logits: ir.Value) -> ir.Model:
-        """The whole model; `logits` is its first output."""
-        logits = self._written(logits)
-        logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
-        logits.shape = ir.Shape(["batch_size", "sequence_length", self.model.architecture.vocab])
+    def finish(self, result: ir.Value) -> ir.Model:
+        """The whole model; `result`, the logits or an encoder's hidden states, is its first output."""
+        architecture = self.model.architecture
+        result = self._written(result)
+        result.name, result.type = LOGITS if architecture.causal else HIDDEN, ir.TensorType(ir.DataType.FLOAT)
+        result.shape = ir.Shape(["batch_size", "sequence_length", architecture.outputs])
+        kind = "decoder" if architecture.causal else "encoder"
         graph = ir.Graph(
-            self.inputs, [logits, *self.outputs], nodes=self.nodes, name="decoder",
+            self.inputs, [result, *self.outputs], nodes=self.nodes, name=kind,
             initializers=[*self._inline.values(), *self.constants.values.values()],
             opset_imports={"": OPSET, CONTRIB: 1},
         )  # fmt: skip
         metadata = {"pocket.context": str(self.context)}
+        if not architecture.causal:
+            metadata["pocket.vocab"] = str(architecture.vocab)  # a decoder's is the width of its logits
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="pocket-exporter", metadata_props=metadata)
 
     def _append(
@@ -153,7 +164,7 @@ class GraphOps(Ops[ir.Value]):
         return self._maybe_skip("SimplifiedLayerNormalization", x, [f"{site}.weight"], site)
 
     def layer_norm(self, x: ir.Value, site: str, eps: float | None = None) -> ir.Value:
-        return self._maybe_skip("LayerNormalization", x, [f"{site}.weight", f"{site}.bias"], site)
+        return self._maybe_skip("LayerNormalization", x, [f"{site}.weight", f"{site}.bias"], site, eps)
 
     def activation(self, x: ir.Value, name: str) -> ir.Value:
         match name:
@@ -179,6 +190,8 @@ class GraphOps(Ops[ir.Value]):
         return self.emit("Gather", [x, constant], axis=-1)
 
     def cached_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int, spec: AttentionSpec) -> ir.Value:
+        if not spec.causal:
+            return self._attend_to_all(q, k, v, layer, spec)
         width = cache_width(spec)
         turns_inside = spec.rope is not None and spec.head_dim == width and width % ROTARY_MULTIPLE == 0
         tables = self._tables(spec.rope, spec.head_dim) if spec.rope is not None else []
@@ -211,7 +224,7 @@ class GraphOps(Ops[ir.Value]):
         return self.constants.floats(name, self.model.tensors[name])
 
     def _zeros(self, name: str, weight: LowBit) -> list[ir.Value]:
-        is_stored = not weight.is_symmetric and has_whole_zeros(weight)
+        is_stored = not weight.is_symmetric and weight.has_whole_zeros
         return [self.constants.zeros(name, weight)] if is_stored else []
 
     def _low_bit(self, x: ir.Value, weight: LowBit, site: str) -> ir.Value:
@@ -220,7 +233,7 @@ class GraphOps(Ops[ir.Value]):
         out, columns = weight.shape
         y = self.emit("MatMulNBits", inputs, CONTRIB, site, bits=weight.bits, block_size=weight.group, K=columns, N=out,
                       accuracy_level=INT8_ACTIVATIONS)  # fmt: skip
-        return y if has_whole_zeros(weight) else self.emit("Add", [y, self._shift(x, weight, name)], name=site)
+        return y if weight.has_whole_zeros else self.emit("Add", [y, self._shift(x, weight, name)], name=site)
 
     def _shift(self, x: ir.Value, weight: LowBit, name: str) -> ir.Value:
         """The part of fractional zero points: `s (c - z) = s (c - middle) + s (middle - z)`.
@@ -254,20 +267,35 @@ class GraphOps(Ops[ir.Value]):
 
     # ---- norms ------------------------------------------------------------------------------------------------
 
-    def _norm(self, operator: str, x: ir.Value, parameters: list[str], site: str) -> ir.Value:
+    def _norm(self, operator: str, x: ir.Value, parameters: list[str], site: str, eps: float | None = None) -> ir.Value:
         inputs = [x, *(self._tensor(name) for name in parameters)]
-        return self.emit(operator, inputs, name=site, axis=-1, epsilon=self.model.architecture.norm_eps)
+        return self.emit(operator, inputs, name=site, axis=-1, epsilon=self._epsilon(eps))
 
-    def _maybe_skip(self, operator: str, x: ir.Value, parameters: list[str], site: str) -> ir.Value:
+    def _epsilon(self, eps: float | None) -> float:
+        return self.model.architecture.norm_eps if eps is None else eps
+
+    def _maybe_skip(
+        self, operator: str, x: ir.Value, parameters: list[str], site: str, eps: float | None = None
+    ) -> ir.Value:
         """A norm; of a sum that was only said, sum and norm in one node, which gives the sum as its fourth output."""
         if x not in self._sums:
-            return self._norm(operator, x, parameters, site)
+            return self._norm(operator, x, parameters, site, eps)
         inputs = [*self._sums.pop(x), *(self._tensor(name) for name in parameters)]
         outputs = [ir.Value(), ir.Value(name=""), ir.Value(name=""), x]
-        attributes = {"epsilon": self.model.architecture.norm_eps}
+        attributes = {"epsilon": self._epsilon(eps)}
         return self._append(f"Skip{operator}", inputs, outputs, CONTRIB, site, attributes)[0]
 
     # ---- attention --------------------------------------------------------------------------------------------
+
+    def _attend_to_all(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int, spec: AttentionSpec) -> ir.Value:
+        """No mask and no cache; the operator has as many heads of keys as of queries, so grouped ones are repeated."""
+        if spec.rope is not None:
+            tables = self._tables(spec.rope, spec.head_dim)
+            q, k = self._turned(q, spec.heads, tables), self._turned(k, spec.kv_heads, tables)
+        if spec.heads != spec.kv_heads:
+            k, v = (self.take(x, _repeated(spec, dim)) for x, dim in ((k, spec.head_dim), (v, spec.value_dim)))
+        attributes = {"num_heads": spec.heads, "scale": spec.scale}
+        return self.emit("MultiHeadAttention", [q, k, v], CONTRIB, f"layers.{layer}", **attributes)
 
     def _cache(self, layer: int, kv_heads: int, width: int) -> tuple[list[ir.Value], list[ir.Value]]:
         def named(name: str, tokens: str) -> list[ir.Value]:
@@ -309,6 +337,12 @@ class GraphOps(Ops[ir.Value]):
     def _cut(self, x: ir.Value, channels: int) -> ir.Value:
         """The first `channels` of the last axis."""
         return self.emit("Slice", [x, self.integers(0), self.integers(channels), self.integers(-1)])
+
+
+def _repeated(spec: AttentionSpec, dim: int) -> Tensor:
+    """The channel that each channel of heads * dim reads, where heads share one of kv_heads: [heads * dim]."""
+    channels = torch.arange(spec.kv_heads * dim).view(spec.kv_heads, dim)
+    return channels.repeat_interleave(spec.heads // spec.kv_heads, dim=0).flatten()
 
 
 def _value(name: str, dtype: ir.DataType, shape: Sequence[object]) -> ir.Value:

@@ -1,4 +1,4 @@
-"""The files of an exported folder: model.onnx, model.onnx.data, genai_config.json."""
+"""The files of an exported folder: model.onnx, model.onnx.data, and of a decoder genai_config.json."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def write(model: Model, plan: Plan, folder: Path) -> None:
     ops, graph = build(model, plan)
     ops.constants.write(folder / DATA)
     (folder / MODEL).write_bytes(serialized(graph))
-    (folder / GENAI).write_text(genai_config(model.architecture, plan.context))
+    if model.architecture.causal:
+        (folder / GENAI).write_text(genai_config(model.architecture, plan.context))
 
 
 def serialized(graph: ir.Model) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from exporter.artifact import Budget
 from exporter.errors import TargetError
 from exporter.model import Layer, Model
-from exporter.plugins import Plan
+from exporter.plugins import Plan, refuse_generic, refuse_pictures
 from exporter.weights import LowBit, Weight, children
 from targets.onnxruntime_mobile import package, prices
 from targets.onnxruntime_mobile.ops import cache_width
@@ -24,6 +24,8 @@ def plan(model: Model, context: int) -> Plan:
     Raises:
         TargetError: the context is not one that the model has.
     """
+    refuse_pictures("onnxruntime-mobile", model)
+    refuse_generic("onnxruntime-mobile", model)
     longest = model.architecture.positions
     if not 1 <= context <= longest:
         raise TargetError(f"a context of {context} tokens is not possible; this model takes 1 to {longest}")
@@ -36,7 +38,7 @@ def plan(model: Model, context: int) -> Plan:
 
 
 def budget(model: Model, plan: Plan) -> Budget:
-    """How far logits may lie from the model's: rounding of activations to int8, and float32's own."""
+    """How far the outputs may lie from the model's: rounding of activations to int8, and float32's own."""
     uses = package.build(model, plan)[0].products  # a lookup alone is exact
     low_bit = [leaf for leaf in uses if isinstance(leaf, LowBit)]
     eights = math.sqrt(sum(_int8_error(leaf) ** 2 for leaf in low_bit))
@@ -63,10 +65,16 @@ _EIGHTS = (
     "everything), so a leaf's input moves by at most e = sqrt(B) / (127 sqrt(12)) of its norm. A matrix that stretches "
     "error and signal alike keeps that ratio on average; over r = min(out, in) numbers it scatters as F(r, r), whose "
     "logarithm has variance 4/r, so at one position in a thousand it is e exp(3.09 / sqrt(r)). Errors of the {} leaves "
-    "between tokens and logits (blocks of {}) are independent and add in quadrature: {:.2e}. "
+    "on the way (blocks of {}) are independent and add in quadrature: {:.2e}. "
 )
 _FLOATS = (
     "Float32: 2^-24 per addition on both sides, in quadrature over the columns of all leaves, at least 1e-5: {:.1e}."
+)
+
+
+ENCODER = (
+    "an encoder: input_ids [batch, tokens] are whole texts of one length, special tokens included, without padding; "
+    "last_hidden_state is [batch, tokens, hidden]; there is no cache, and onnxruntime-genai is not for it"
 )
 
 
@@ -78,13 +86,13 @@ def _leaves(weight: Weight) -> list[Weight]:
 def _other_bytes(model: Model, plan: Plan) -> int:
     """Everything but the sites: norms, tables, alignment, the graph, genai_config.json. Exact."""
     ops, graph = package.build(model, plan)
-    config = package.genai_config(model.architecture, plan.context)
+    config = package.genai_config(model.architecture, plan.context) if model.architecture.causal else ""
     files = ops.constants.size + len(package.serialized(graph)) + len(config)
     return files - sum(decision.bytes for decision in plan.decisions)
 
 
 def _notes(model: Model, weights: dict[str, Weight]) -> tuple[str, ...]:
-    found = _paddings(model.architecture.layers)
+    found = _paddings(model.architecture.layers) if model.architecture.causal else [ENCODER]
     shifted = sorted(site for site, weight in weights.items() if any(map(_is_shifted, _leaves(weight))))
     if shifted:
         found.append(f"fractional zero points run as a second, small product, at full speed: {', '.join(shifted)}")
@@ -104,4 +112,4 @@ def _paddings(layers: tuple[Layer, ...]) -> list[str]:
 
 
 def _is_shifted(weight: Weight) -> bool:
-    return isinstance(weight, LowBit) and not prices.has_whole_zeros(weight)
+    return isinstance(weight, LowBit) and not weight.has_whole_zeros

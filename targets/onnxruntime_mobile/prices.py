@@ -17,12 +17,6 @@ def padded_columns(weight: LowBit) -> int:
     return weight.groups * weight.group
 
 
-def has_whole_zeros(weight: LowBit) -> bool:
-    """Whether every zero point is itself a code, so that it packs like one. Unknown values count as whole."""
-    zeros = weight.zeros
-    return zeros.is_meta or bool(((zeros % 1 == 0) & (zeros >= 0) & (zeros < 2**weight.bits)).all())
-
-
 def price(weight: Weight) -> int | str:
     """Bits of a linear's leaf in the data file, or why it cannot be one.
 
@@ -42,7 +36,7 @@ def price(weight: Weight) -> int | str:
 
 def embedding_price(weight: Weight) -> int | str:
     """Bits of an embedding's leaf (its head's too, where tied), or why rows cannot be looked up in it."""
-    if isinstance(weight, LowBit) and not has_whole_zeros(weight):
+    if isinstance(weight, LowBit) and not weight.has_whole_zeros:
         return "GatherBlockQuantized takes whole zero points only"
     return price(weight)
 
@@ -75,6 +69,6 @@ def _row_bits(weight: LowBit) -> int:
     codes, scales = padded_columns(weight) * weight.bits, 32 * weight.groups
     if weight.is_symmetric:
         return codes + scales
-    if has_whole_zeros(weight):
+    if weight.has_whole_zeros:
         return codes + scales + 8 * packed_width(weight.groups, weight.bits)
     return codes + scales + (0 if weight.zeros.shape == (1, 1) else 32 * weight.groups)

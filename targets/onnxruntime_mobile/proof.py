@@ -19,13 +19,17 @@ WHAT = "float32 activations"
 
 
 def exactness(folder: Path, model: Model, plan: Plan) -> list[Finding]:
-    """Compare logits, prefill and one decode step, with rounding of activations off; nothing where none are rounded."""
+    """Compare logits, prefill and one decode step, with rounding of activations off; nothing where none are rounded.
+
+    An encoder's hidden states are those of the whole text at once.
+    """
     products = package.build(model, plan)[0].products
     if not any(isinstance(leaf, LowBit) for leaf in products):
         return []
     tokens = _spread(model.architecture.vocab, min(TOKENS, plan.context))
     session = runner.exact_session(folder)
-    pieces = [piece for piece in (tokens[:-1], tokens[-1:]) if piece]
+    cut = len(tokens) - 1 if model.architecture.causal else 0
+    pieces = [piece for piece in (tokens[:cut], tokens[cut:]) if piece]
     found = torch.cat([session.step(piece) for piece in pieces])
     wanted = _logits(model, tokens)
     error, bound = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()), planning.float_error(products)

@@ -23,7 +23,7 @@ from exporter.weights import Dense, LowBit
 from targets.onnxruntime_mobile import package
 from targets.onnxruntime_mobile.constants import DATA, MODEL, shifts
 from targets.onnxruntime_mobile.ops import INT8_ACTIVATIONS, GraphOps
-from targets.onnxruntime_mobile.prices import has_whole_zeros, padded_columns
+from targets.onnxruntime_mobile.prices import padded_columns
 
 LARGEST_GRAPH = 256 * 2**20  # bytes; the weights lie apart
 TYPES = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.UINT8: np.uint8, onnx.TensorProto.INT32: np.int32}
@@ -71,7 +71,9 @@ def inspect(folder: Path, model: Model, plan: Plan) -> list[Finding]:
     arrays = references(written, folder)
     ops, expected = package.build(model, plan)
     findings = [_interface(written, expected), _products(written, expected), _rest(written, expected)]
-    findings += [_places(written), _settings(folder, model, plan)]
+    findings.append(_places(written))
+    if model.architecture.causal:
+        findings.append(_settings(folder, model, plan))
     for name, leaf in ops.leaves.items():
         findings.append(_dense(name, leaf, arrays) if isinstance(leaf, Dense) else _low_bit(name, leaf, arrays))
     parameters = ((name, tensor) for name, tensor in ops.model.tensors.items() if name in ops.constants.values)
@@ -104,8 +106,10 @@ def _interface(written: onnx.ModelProto, expected: ir.Model) -> Finding:
     """Names, types and shapes of inputs and outputs."""
     wanted = ir.to_proto(expected).graph
     is_same = list(written.graph.input) == list(wanted.input) and list(written.graph.output) == list(wanted.output)
-    layers = (len(wanted.input) - 2) // 2
-    return Finding("inputs and outputs", is_same, f"input_ids, attention_mask, logits, caches of {layers} layers")
+    caches = sum(value.name.startswith("past_key_values") for value in wanted.input)
+    plain = [value.name for value in (*wanted.input, *wanted.output) if not value.name.startswith(("past", "present"))]
+    said = ", ".join(plain) + (f", caches of {caches // 2} layers" if caches else "")
+    return Finding("inputs and outputs", is_same, said)
 
 
 def _products(written: onnx.ModelProto, expected: ir.Model) -> Finding:
@@ -170,7 +174,7 @@ def _parts(name: str, leaf: LowBit, arrays: dict[str, Array]) -> Iterator[tuple[
     yield "scales", _is_equal(arrays.get(f"{name}.scales"), leaf.scales.float())
     if leaf.is_symmetric:
         return
-    if has_whole_zeros(leaf):
+    if leaf.has_whole_zeros:
         zeros = leaf.zeros.to(torch.uint8).expand(leaf.shape[0], leaf.groups)
         yield "zeros", f"{name}.zeros" in arrays and _is_packed(arrays[f"{name}.zeros"], zeros, leaf.groups, leaf.bits)
     elif leaf.zeros.shape != (1, 1):

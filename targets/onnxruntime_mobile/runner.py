@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from exporter.errors import ArtifactError, TargetError
+from exporter.session import require_whole_text
 from targets.onnxruntime_mobile.constants import MODEL
+from targets.onnxruntime_mobile.ops import HIDDEN
 from targets.onnxruntime_mobile.readback import read_model
 
 PROVIDERS = ["CPUExecutionProvider"]
@@ -25,13 +27,15 @@ class OnnxSession:
     so a mask that begins with zeros (left padding) would be silently wrong.
 
     Args:
-        session: Of a graph of this target.
+        session: Of a decoder's graph.
     """
+
+    causal = True
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session, self._binding = session, session.io_binding()
         self._buffers: list[object] = []  # before 1.31 a binding does not keep them alive
-        self.context = _context(session)
+        self.context = _stated(session, "context")
         inputs = {value.name: value for value in session.get_inputs()}
         self._vocab = int(session.get_outputs()[0].shape[-1])
         for name, value in inputs.items():
@@ -69,14 +73,55 @@ class OnnxSession:
         return logits[0]
 
     def _require(self, tokens: Sequence[int]) -> None:
-        if not tokens:
-            raise TargetError("a step takes at least one token")
-        strange = [token for token in tokens if not 0 <= token < self._vocab]
-        if strange:
-            raise TargetError(f"token {strange[0]} is not in the vocabulary; its tokens are 0 to {self._vocab - 1}")
+        _require_tokens(tokens, self._vocab)
         if self._count + len(tokens) > self.context:
             more = f"{self._count} tokens and {len(tokens)} more"
             raise TargetError(f"{more} do not fit the context of {self.context}; reset, or export with a longer one")
+
+
+class OnnxEncoder:
+    """One whole text after each reset.
+
+    Args:
+        session: Of an encoder's graph.
+    """
+
+    causal = False
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self.context, self._vocab = _stated(session, "context"), _stated(session, "vocab")
+        self._hidden = int(session.get_outputs()[0].shape[-1])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self._is_fresh = True
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Hidden states of a whole text, [tokens, hidden], float32.
+
+        Raises:
+            PocketError: the session was not reset, or the text does not fit the context.
+            TargetError: a token that the vocabulary lacks.
+            ArtifactError: the runtime cannot run the graph.
+        """
+        require_whole_text(self._is_fresh, len(tokens), self.context)
+        _require_tokens(tokens, self._vocab)
+        self._is_fresh = False
+        binding, hidden = self._session.io_binding(), torch.empty(1, len(tokens), self._hidden)
+        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
+        binding.bind_output(HIDDEN, "cpu", 0, np.float32, tuple(hidden.shape), hidden.data_ptr())
+        _run(self._session, binding)
+        return hidden[0]
+
+
+def _require_tokens(tokens: Sequence[int], vocab: int) -> None:
+    if not tokens:
+        raise TargetError("a step takes at least one token")
+    strange = [token for token in tokens if not 0 <= token < vocab]
+    if strange:
+        raise TargetError(f"token {strange[0]} is not in the vocabulary; its tokens are 0 to {vocab - 1}")
 
 
 def _run(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:
@@ -86,7 +131,7 @@ def _run(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) 
         raise ArtifactError(f"the graph does not run in onnxruntime {onnxruntime.__version__}: {error}") from None
 
 
-def open_session(path: Path, threads: int = 1) -> OnnxSession:
+def open_session(path: Path, threads: int = 1) -> OnnxSession | OnnxEncoder:
     """Run a model.onnx, its data beside it, or a model.ort.
 
     Raises:
@@ -94,10 +139,10 @@ def open_session(path: Path, threads: int = 1) -> OnnxSession:
     """
     if path.name == MODEL:
         read_model(path.parent)  # its references checked before the runtime follows them
-    return OnnxSession(_load(str(path), _options(threads), str(path)))
+    return _session_of(_load(str(path), _options(threads), str(path)))
 
 
-def exact_session(folder: Path, threads: int = 1) -> OnnxSession:
+def exact_session(folder: Path, threads: int = 1) -> OnnxSession | OnnxEncoder:
     """The same graph with float32 activations (accuracy_level 0): slow, and proves that every code is in its place."""
     model = read_model(folder)
     for node in model.graph.node:
@@ -106,7 +151,12 @@ def exact_session(folder: Path, threads: int = 1) -> OnnxSession:
                 attribute.i = 0
     options = _options(threads)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return OnnxSession(_load(model.SerializeToString(), options, str(folder / MODEL)))
+    return _session_of(_load(model.SerializeToString(), options, str(folder / MODEL)))
+
+
+def _session_of(session: onnxruntime.InferenceSession) -> OnnxSession | OnnxEncoder:
+    is_encoder = session.get_outputs()[0].name == HIDDEN
+    return OnnxEncoder(session) if is_encoder else OnnxSession(session)
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
@@ -123,9 +173,9 @@ def _load(model: str | bytes, options: onnxruntime.SessionOptions, name: str) ->
         raise ArtifactError(f"{name} does not load in onnxruntime {onnxruntime.__version__}: {error}") from None
 
 
-def _context(session: onnxruntime.InferenceSession) -> int:
-    """The context that the graph was written for."""
-    text = session.get_modelmeta().custom_metadata_map.get("pocket.context", "")
+def _stated(session: onnxruntime.InferenceSession, name: str) -> int:
+    """The context, or an encoder's vocabulary, that the graph was written for."""
+    text = session.get_modelmeta().custom_metadata_map.get(f"pocket.{name}", "")
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= LONGEST and len(text) < 9):
-        raise ArtifactError(f"the graph's context is {text!r}; it must be a whole number from 1 to {LONGEST}")
+        raise ArtifactError(f"the graph's {name} is {text!r}; it must be a whole number from 1 to {LONGEST}")
     return int(text)

@@ -82,7 +82,7 @@ def spoil(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "is no checkpoint: it has no config.json"),
         (truncate, "model.safetensors is damaged"),
         (lie, "model.safetensors is damaged"),
-        (edit_config(model_type="mamba"), "no adapter for model type 'mamba'; known: llama, mistral, opt"),
+        (edit_config(model_type="mumba"), "no adapter for model type 'mumba', and transformers does"),
         (edit_config(alibi=True), "the llama adapter cannot honour alibi"),
         (edit_config(hidden_size=64), "config.json says"),
         (spoil, "tensor model.norm.weight holds NaN"),

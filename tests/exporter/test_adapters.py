@@ -141,7 +141,9 @@ def test_a_config_field_that_cannot_be_honoured_is_refused_by_name(changes: dict
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ArchitectureError, match="no adapter for model type 'mamba'; known: llama, mistral, opt, qwen2"):
+    with pytest.raises(
+        ArchitectureError, match="no adapter for model type 'mamba'; known: bert, llama, llava, mistral, opt, qwen2"
+    ):
         adapters.find("mamba")
 
 

@@ -207,3 +207,23 @@ def test_bits_per_weight_counts_every_file(folder: Path) -> None:
 
     assert made.file_bytes == on_disk
     assert made.bits_per_weight == 8 * on_disk / made.model.source_parameters
+
+
+def test_only_an_encoder_has_no_golden_tokens(folder: Path) -> None:
+    made = json.loads((folder / artifacts.NAME).read_text())
+
+    rewrite(folder, golden={**made["golden"], "tokens": [], "top": [[3]], "logits": [[0.5]]})
+    with pytest.raises(ArtifactError, match="a decoder has golden tokens, an encoder has none"):
+        artifacts.load(folder)
+    rewrite(folder, golden=made["golden"], model={**made["model"], "causal": False})
+    with pytest.raises(ArtifactError, match="a decoder has golden tokens, an encoder has none"):
+        artifacts.load(folder)
+
+
+def test_an_artifact_of_before_encoders_is_a_decoders(folder: Path) -> None:
+    made = json.loads((folder / artifacts.NAME).read_text())
+    del made["model"]["causal"]
+
+    rewrite(folder, model=made["model"])
+
+    assert artifacts.load(folder).model.causal is True

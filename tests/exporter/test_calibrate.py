@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exporter import adapters
-from exporter.calibrate import Calibration, Samples, block_influence, split, windows
+from exporter.calibrate import ROOM, Calibration, Samples, block_influence, fast_batch, split, windows
 from exporter.compress.step import layer_sites
 from exporter.errors import RecipeError
 from exporter.model import Architecture, Layer, Model
@@ -239,3 +239,56 @@ def test_validation_windows_are_the_end_of_the_text_and_calibration_never_sees_t
 def test_a_text_too_short_for_validation_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"the text has 100 tokens; 10 validation windows .* need 110"):
         split(list(range(100)), 10, 10, None)
+
+
+def test_channels_that_are_narrowed_twice_and_held_again_are_those_that_are_left() -> None:
+    model = random_model(ARCHITECTURES[0])
+    down = layer_sites(model, 0)[-1]
+    calibration = Calibration(model, Samples(text(model)), batch=2, dtype=torch.float64)
+    whole = calibration.gram(model, 0, [down], hold=True)[down].clone()
+    first, second = torch.arange(0, 96, 2), torch.tensor([1, 4, 40])
+    calibration.narrow(down, first)
+    calibration.narrow(down, second)
+    kept = first[second]
+    assert torch.allclose(calibration.cross(calibration, down), whole[kept][:, kept], rtol=1e-12)
+
+    small = model.with_weights({down: Dense(model.weights[down].dense()[:, kept])})
+    again = calibration.gram(small, 0, [down], hold=True)[down]
+    assert torch.allclose(again, whole[kept][:, kept], rtol=1e-12)
+    calibration.narrow(down, torch.tensor([2]))
+    assert torch.allclose(calibration.cross(calibration, down), whole[kept[2:], kept[2:]], rtol=1e-12)
+
+
+@FAMILIES
+def test_attention_is_not_worked_out_again_behind_a_held_input(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = random_model(architecture), []
+    plain = TorchOps.cached_attention
+
+    def counted(ops: TorchOps, *arguments: object) -> Tensor:
+        calls.append(ops)
+        return plain(ops, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TorchOps, "cached_attention", counted)
+    calibration = Calibration(model, Samples(text(model)), batch=5)
+    o, down = layer_sites(model, 0)[3], layer_sites(model, 0)[-1]
+    calibration.gram(model, 0, [o], hold=True)
+    calibration.gram(model, 0, [down], hold=True)
+    calibration.advance(model, 0)
+    assert len(calls) == 1
+
+
+def test_inputs_before_attention_are_heard_also_where_a_later_one_is_held() -> None:
+    model = random_model(ARCHITECTURES[0])
+    q, down = layer_sites(model, 0)[0], layer_sites(model, 0)[-1]
+    calibration, fresh = Calibration(model, Samples(text(model))), Calibration(model, Samples(text(model)))
+    calibration.gram(model, 0, [down], hold=True)
+    assert torch.equal(calibration.gram(model, 0, [q])[q], fresh.gram(model, 0, [q])[q])
+
+
+def test_batches_are_as_large_as_their_memory_can_be_used_again() -> None:
+    model = random_model(ARCHITECTURES[0])  # 96 wide
+    assert fast_batch(model, 64, "cpu") == ROOM // (64 * 96)
+    assert fast_batch(model, ROOM, "cpu") == 1
+    assert fast_batch(model, 64, "cuda") > fast_batch(model, 64, "cpu")

@@ -90,7 +90,7 @@ def test_every_tree_is_stored_in_leaves_that_the_target_takes_and_says_the_same(
     assert decision.bytes <= 64 * 64 * 4
 
 
-@pytest.mark.parametrize("name", sorted(set(trees((64, 64))) - {"4:8 of 1-bit"}))  # its zero points decide its width
+@pytest.mark.parametrize("name", sorted(set(trees((64, 64))) - {"4:8 of 1-bit"}))  # its zero point is 1, no method's
 def test_shapes_alone_lead_to_the_same_decision(name):
     weight = trees((64, 64))[name]
     assert decide(to_meta(weight), "site", pricing())[1] == decide(weight, "site", pricing())[1]

@@ -15,9 +15,10 @@ from torch import Tensor
 from exporter import adapters, calibrate, checkpoint, evaluate
 from exporter.calibrate import Samples
 from exporter.compress import fasp, find, run
-from exporter.compress.fasp import FaspConfig, kept_width, multiplier, predict, value_channels, value_multiple
+from exporter.compress.fasp import FaspConfig, multiplier, predict, value_channels, value_multiple
 from exporter.compress.step import UNKEPT, Unkept
 from exporter.errors import RecipeError
+from exporter.maths.groups import kept_width
 from exporter.model import Architecture, Layer, Model, Provenance
 from exporter.session import TorchSession
 from exporter.tokenizer import Tokenizer

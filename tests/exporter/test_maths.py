@@ -234,6 +234,16 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     assert torch.equal(upper, upper.triu())
 
 
+@pytest.mark.parametrize("width", [1, 4, 5, 21])
+def test_the_factor_is_the_same_however_it_is_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = gram(inputs(100, width))
+    whole = gptq.inverse_factor(g, 1e-2)
+    monkeypatch.setattr(gptq, "SOLVED", 4)
+    cut = gptq.inverse_factor(g, 1e-2)
+    assert torch.allclose(cut, whole, rtol=1e-10, atol=1e-14)
+    assert torch.equal(cut, cut.triu())
+
+
 @pytest.mark.parametrize("broken", [float("nan"), -1e6])
 def test_what_is_no_gram_matrix_is_refused(broken: float) -> None:
     g = torch.eye(8, dtype=torch.float64)
@@ -274,6 +284,17 @@ def test_restoration_from_the_gram_matrix_is_least_squares_on_the_activations() 
     weight, x, kept = halves()
     direct = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
     assert torch.allclose(restored(weight, gram(x), kept, 0.0), direct, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-2, 3.0])
+@pytest.mark.parametrize("has_other_inputs", [False, True])
+def test_restoration_is_its_equation(ridge: float, has_other_inputs: bool) -> None:
+    weight, x, kept = halves()
+    g, cross = gram(x), (x + normal(*x.shape, seed=9)).T @ x if has_other_inputs else None
+    pull = ridge * g[kept, kept].mean()
+    wanted = weight @ (g if cross is None else cross)[:, kept] + pull * weight[:, kept]
+    expected = wanted @ torch.linalg.inv(g[kept][:, kept] + pull * torch.eye(len(kept), dtype=g.dtype))
+    assert torch.allclose(restored(weight, g, kept, ridge, cross), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_restored_outputs_leave_no_gradient() -> None:

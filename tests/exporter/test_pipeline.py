@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from exporter import pipeline, plugins, store
 from exporter.checking import Outcome
-from exporter.errors import CheckpointError
+from exporter.errors import CheckpointError, RecipeError
 from exporter.recipe import Recipe, parse
 
 ROOT = Path(__file__).parents[2]
@@ -86,3 +87,62 @@ def test_text_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "t.txt").write_text("long")
     with pytest.raises(CheckpointError, match="at most 3 are read"):
         pipeline.read_text(tmp_path / "t.txt")
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            [{"kind": "swsc"}, {"kind": "casp", "bits": 4}],
+            "q_proj is 12 shared rows .*; casp compresses plain matrices",
+        ),
+        ([{"kind": "casp", "bits": 4}, {"kind": "swsc"}], "q_proj is rank 24 .*; it takes plain matrices"),
+        (
+            [{"kind": "quantize"}, {"kind": "casp", "bits": 4}],
+            "q_proj is 4-bit group 32; casp compresses plain matrices",
+        ),
+        ([{"kind": "quantize"}, {"kind": "quantize", "bits": 8}], "nothing is left to round"),
+        ([{"kind": "casp", "bits": 4}, {"kind": "pbs2p"}], "pbs2p binarizes plain matrices"),
+    ],
+    ids=lambda part: "-".join(step["kind"] for step in part) if isinstance(part, list) else "",
+)
+def test_two_steps_for_the_same_matrices_are_refused_before_either_works(
+    steps: list[dict[str, object]], message: str, tmp_path: Path
+) -> None:
+    recipe, begun = parse({"steps": steps}), list[str]()
+
+    class Noting(pipeline.Unwatched):
+        def stage(self, name: str) -> AbstractContextManager[pipeline.Report]:
+            begun.append(name)
+            return super().stage(name)
+
+    for attempt in (
+        lambda: pipeline.compress(pipeline.load("builtin"), recipe, Noting()),
+        lambda: pipeline.run(pipeline.Job("builtin", (), tmp_path / "out", recipe), Noting()),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            attempt()
+    assert begun == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        ({"kind": "quantize"}, "quantize gptq 4"),
+        ({"kind": "quantize", "bits": None, "sparsity": "2:4"}, "quantize gptq 2:4"),
+        ({"kind": "quantize", "algorithm": "rtn", "sparsity": "2:4"}, "quantize rtn 2:4 4"),
+        ({"kind": "swsc"}, "swsc"),
+        ({"kind": "fasp", "sparsity": 0.2}, "fasp 0.2"),
+    ],
+)
+def test_a_step_is_named_by_what_is_said_of_it(step: dict[str, object], name: str) -> None:
+    assert pipeline.step_name(parse({"steps": [step]}).steps[0]) == name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_recipe_fits_the_built_in_model_and_all_targets(path: Path, tmp_path: Path) -> None:
+    job = pipeline.Job("builtin", tuple(plugins.target_names()), tmp_path / "out", pipeline.recipe(path))
+    ahead = pipeline.prospect(job)
+    assert list(ahead.plans) == list(job.targets)
+    assert len(ahead.model.provenance.steps) == len(job.recipe.steps)

@@ -14,15 +14,16 @@ from exporter import calibrate, checkpoint
 from exporter.calibrate import Calibration, Samples
 from exporter.compress import find, run
 from exporter.compress.quantize import QuantizeConfig, predict
-from exporter.compress.step import UNKEPT, Unkept, layer_sites
+from exporter.compress.step import UNKEPT, Unkept, layer_sites, token_tables
 from exporter.compress.trees import rounded
 from exporter.errors import RecipeError
 from exporter.maths import gptq
 from exporter.maths.rounding import Grid, quantize_rows
+from exporter.maths.sparsegpt import quantize_sparse, sparsify_by_size
 from exporter.model import Layer, Model
 from exporter.tokenizer import Tokenizer
-from exporter.weights import Dense, LowBit, Product, describe, nodes
-from tests.models import LLAMA, OPT, low_bit, random_model, trees
+from exporter.weights import Dense, LowBit, Product, Sparse, describe, nodes
+from tests.models import LLAMA, OPT, low_bit, random_model, sparse, trees
 
 TWO = replace(LLAMA, layers=(Layer(4, 2, 16, 16, 96), Layer(4, 2, 16, 8, 60)))
 OPT_TWO = replace(OPT, layers=(Layer(4, 4, 16, 16, 96), Layer(4, 4, 16, 8, 60)))
@@ -94,6 +95,27 @@ def test_two_steps_give_two_widths() -> None:
     assert kinds(small)[UP] == "8-bit group 32"
     assert sum(kind == "4-bit group 32" for kind in kinds(small).values()) == len(small.weights) - 1
     assert len(small.provenance.steps) == 2
+
+
+def test_a_step_that_would_change_nothing_is_refused_before_the_work() -> None:
+    small = quantized(random_model(TWO), RTN)
+    for again in (RTN, QuantizeConfig(), RTN.model_copy(update={"bits": 2}), SPARSE):
+        for method in (quantized, predict):
+            with pytest.raises(RecipeError, match=r"nothing is left to round, .*q_proj is 4-bit group 32 already"):
+                method(small, again)
+
+
+def test_inputs_of_matrices_that_have_few_bits_already_are_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    summing = Calibration.gram
+
+    def listening(self: Calibration, model: Model, layer: int, sites: list[str]) -> dict[str, Tensor]:
+        heard.extend(sites)
+        return summing(self, model, layer, sites)
+
+    monkeypatch.setattr(Calibration, "gram", listening)
+    quantized(quantized(random_model(TWO), RTN.model_copy(update={"ignore": (DOWN,)})), QuantizeConfig())
+    assert heard == [DOWN]
 
 
 @pytest.mark.parametrize("group", [0, None])
@@ -223,7 +245,125 @@ def test_the_same_run_gives_the_same_bits() -> None:
     assert all(torch.equal(low(first, site).codes, low(second, site).codes) for site in first.weights)
 
 
+# ---- sparsity ----------------------------------------------------------------------------------------------------
+
+SPARSE = QuantizeConfig(sparsity="2:4", group=16)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
+@pytest.mark.parametrize(("bits", "kept"), [(4, "4-bit group 16"), (None, "float32")])
+def test_matrices_of_layers_are_pruned_and_tables_only_rounded(algorithm: str, bits: int | None, kept: str) -> None:
+    for architecture in (TWO, replace(TWO, tied=False), OPT_TWO):
+        model = random_model(architecture)
+        config = SPARSE.model_copy(update={"algorithm": algorithm, "bits": bits, "embedding_bits": 8})
+        small = quantized(model, config)
+        sites = {site for index in range(2) for site in layer_sites(model, index)}
+        assert {site for site, kind in kinds(small).items() if kind == f"2:4 of {kept}"} == sites
+        assert {kinds(small)[site] for site in token_tables(model)} == {"8-bit group 16"}
+
+
+def test_without_bits_tables_stay_as_they_are() -> None:
+    model = random_model(TWO)
+    small = quantized(model, SPARSE.model_copy(update={"bits": None}))
+    assert kinds(small)["model.embed_tokens"] == "float32"
+    assert torch.equal(small.weights["model.embed_tokens"].dense(), model.weights["model.embed_tokens"].dense())
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
+def test_exactly_n_of_m_stay_in_a_model(algorithm: str) -> None:
+    small = quantized(random_model(TWO), SPARSE.model_copy(update={"sparsity": "3:4", "group": 0}))
+    weight = small.weights[UP].dense()
+    assert int((weight == 0).view(96, 16, 4).sum(-1).min()) >= 1
+    sparse = small.weights[UP]
+    assert isinstance(sparse, Sparse)
+    assert torch.equal(sparse.mask.view(96, 16, 4).sum(-1), torch.full((96, 16), 3))
+
+
+def test_pruning_sees_the_inputs_of_its_own_layer() -> None:
+    model = random_model(TWO)
+    small = quantized(model, SPARSE.model_copy(update={"ignore": ("model.embed_tokens",)}))
+    gram = Calibration(model, Samples(text())).gram(model, 0, [UP])[UP]
+    expected = quantize_sparse(model.weights[UP].dense(), gram, Grid(4, 16), 2, 4)
+    assert torch.equal(small.weights[UP].dense(), expected.dense())
+
+
+def test_every_plain_leaf_of_a_tree_is_pruned_and_sparse_ones_are_only_rounded() -> None:
+    model = random_model(TWO)
+    given = {UP: trees((96, 64))["shared + low rank"], DOWN: sparse((64, 60), 1, 4)}
+    small = quantized(model.with_weights(given), SPARSE)
+    assert kinds(small)[UP] == (
+        "24 shared rows of 4-bit group 32 + rank 24 (2:4 of 4-bit group 12 x 2:4 of 4-bit group 16)"
+    )
+    assert kinds(small)[DOWN] == "1:4 of 4-bit group 15"
+
+
+@pytest.mark.parametrize("architecture", [TWO, OPT_TWO], ids=["llama", "opt"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"algorithm": "rtn", "symmetric": False},
+        {"bits": None},
+        {"bits": 1, "group": None, "sparsity": "1:2"},
+        {"sparsity": "3:4", "group": 12, "embedding_bits": 8},
+    ],
+    ids=str,
+)
+def test_a_prediction_has_the_sparse_trees_of_the_result(architecture: object, fields: dict[str, object]) -> None:
+    model = random_model(architecture)  # type: ignore[arg-type]
+    model = model.with_weights({layer_sites(model, 0)[-2]: trees((96, 64))["shared + low rank"]})
+    config = SPARSE.model_copy(update=fields)
+    promised, small = predict(model, config), quantized(model, config)
+
+    assert kinds(promised) == kinds(small)
+    for site, weight in small.weights.items():
+        for ours, theirs in zip(nodes(weight), nodes(promised.weights[site]), strict=True):
+            assert ours.shape == theirs.shape
+            if isinstance(ours, LowBit) and isinstance(theirs, LowBit):
+                assert (ours.scales.shape, ours.zeros.shape) == (theirs.scales.shape, theirs.zeros.shape)
+            if isinstance(ours, Sparse) and isinstance(theirs, Sparse):
+                assert (ours.places.shape, ours.places.dtype) == (theirs.places.shape, theirs.places.dtype)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparsity": "4:8"}, f"quantize: {DOWN}: 60 columns are no multiple of the 8 in 4:8; choose another sparsity"),
+        ({"sparsity": "3:4"}, "a group of 16 kept columns cuts a 3:4 in two; give a multiple of 3, or 0"),
+    ],
+)
+def test_widths_that_do_not_divide_are_refused_before_the_work(
+    algorithm: str, fields: dict[str, object], message: str
+) -> None:
+    model = random_model(TWO)
+    empty = {site: Dense(torch.empty(weight.shape, device="meta")) for site, weight in model.weights.items()}
+    config = SPARSE.model_copy(update={"algorithm": algorithm, **fields})
+    for method in (quantized, predict):
+        with pytest.raises(RecipeError, match=message):
+            method(replace(model, weights=empty), config)  # any work on it would fail in another way
+    ignoring = config.model_copy(update={"ignore": (DOWN,), "group": 0})
+    assert kinds(quantized(model, ignoring))[DOWN] == "float32"
+
+
 # ---- a real model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sparsity", "bits"), [((2, 4), 4), ((4, 8), 3)])
+def test_pruning_by_the_inputs_loses_less_output_than_by_size_in_every_matrix_of_a_real_layer(
+    stories: Path, stories_text: Path, sparsity: tuple[int, int], bits: int
+) -> None:
+    model = checkpoint.load(stories)
+    tokens = Tokenizer(model.files, None).encode_plain(stories_text.read_text(encoding="utf-8"))
+    sites = [site for site in layer_sites(model, 0) if model.weights[site].shape[1] % sparsity[1] == 0]
+    grams = Calibration(model, Samples(calibrate.windows(tokens, 8, 128, 0, 1))).gram(model, 0, sites)
+    for site in sites:
+        weight = model.weights[site].dense(torch.float64)
+        ours = quantize_sparse(weight, grams[site], Grid(bits, 32), *sparsity)
+        plain = sparsify_by_size(weight, *sparsity, Grid(bits, 32))
+        lost = [found.dense(torch.float64) - weight for found in (ours, plain)]
+        error = [float(torch.einsum("oi,ij,oj->", d, grams[site], d)) for d in lost]
+        assert error[0] < error[1], site
 
 
 def test_gptq_loses_less_output_than_rounding_in_every_matrix_of_a_real_layer(
@@ -275,6 +415,11 @@ def test_weights_that_are_not_finite_are_told_with_their_site() -> None:
         ({"bits": 1, "symmetric": False}, "1 bit without symmetric leaves 0 and one more number"),
         ({"embedding_bits": 1, "symmetric": False}, "1 bit without symmetric leaves 0 and one more number"),
         ({"bit": 4}, "Extra inputs"),
+        ({"bits": None}, "bits: null leaves matrices as they are; give bits, or a sparsity"),
+        ({"sparsity": "2of4"}, "String should match pattern"),
+        ({"sparsity": "4:4"}, "sparsity 4:4 is not N:M with 1 <= N < M <= 16"),
+        ({"sparsity": "0:4"}, "sparsity 0:4 is not N:M"),
+        ({"sparsity": "8:32"}, "sparsity 8:32 is not N:M"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:

@@ -130,3 +130,25 @@ def test_an_error_takes_the_parents_that_were_made_with_it(tmp_path: Path) -> No
     with pytest.raises(CheckpointError), abandoned_on_error(workshop):
         raise CheckpointError("bad")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_outlives_a_kill_and_goes_when_its_stage_is_whole(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path / "out", {"job": 1})
+
+    def die(folder: Path) -> None:
+        (workshop.journal("key") / "layer").write_text("finished")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workshop.stage("a", "key", die)
+    workshop.release()
+
+    again = Workshop(tmp_path / "out", {"job": 1})
+    assert (again.journal("key") / "layer").read_text() == "finished"
+    assert not list(again.journal("other").iterdir())
+    again.stage("a", "key", fill)
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "out" / WORK).iterdir() if path.is_dir()) == [
+        "a",
+        "journal",
+    ]
+    assert not list(again.journal("key").iterdir())

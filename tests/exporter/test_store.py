@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from exporter import store
 from exporter.errors import CheckpointError, PocketError
 from exporter.model import Layer
-from exporter.weights import LowBit
+from exporter.weights import LowBit, Packed, Sparse, as_held
 from tests.models import LLAMA, OPT, low_bit, random_model, trees
 
 UNEQUAL = replace(LLAMA, layers=(Layer(4, 2, 16, 8, 96), Layer(4, 4, 16, 16, 40), Layer(2, 1, 8, 4, 8)), tied=False)
@@ -190,3 +190,30 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         random_model(LLAMA).with_weights({Q: shared, Q.replace("q_proj", "o_proj"): low_bit((64, 64), 3, 32)}), folder
     )
     return folder
+
+
+@pytest.mark.parametrize("name", sorted(trees((64, 64))))
+def test_a_loaded_model_is_saved_again_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+    for folder in ("first", "again"):
+        (tmp_path / folder).mkdir()
+    store.save(random_model(LLAMA).with_weights({Q: trees((64, 64))[name]}), tmp_path / "first")
+    store.save(store.load(tmp_path / "first"), tmp_path / "again")
+
+    for file in (store.MANIFEST, store.WEIGHTS):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
+
+
+def test_codes_and_places_of_a_loaded_model_stay_packed_until_they_are_looked_at(tmp_path: Path) -> None:
+    weight = trees((64, 64))["2:4 of 4-bit"]
+    store.save(random_model(LLAMA).with_weights({Q: weight}), tmp_path)
+
+    loaded = store.load(tmp_path).weights[Q]
+
+    assert isinstance(weight, Sparse)
+    assert isinstance(loaded, Sparse)
+    assert isinstance(weight.kept, LowBit)
+    assert isinstance(loaded.kept, LowBit)
+    assert isinstance(as_held(loaded), Packed)
+    assert isinstance(as_held(loaded.kept), Packed)
+    assert torch.equal(loaded.places, weight.places)
+    assert torch.equal(loaded.kept.codes, weight.kept.codes)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.errors import WeightError
-from exporter.weights import Dense, LowBit, Product, Shared, Sparse, Sum, describe, nodes
+from exporter.weights import Dense, LowBit, Packed, Product, Shared, Sparse, Sum, describe, nodes, to_meta
 from tests.models import low_bit, sparse, trees
 
 
@@ -99,3 +101,20 @@ P = torch.tensor([[0, 1], [2, 3]], dtype=torch.uint8)
 def test_parts_that_do_not_fit_together_are_refused(make: object, message: str) -> None:
     with pytest.raises(WeightError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_shapes_and_nodes_of_packed_leaves_are_known_without_unpacking() -> None:
+    def refuse(stored: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("unpacked")
+
+    codes = cast(torch.Tensor, Packed(torch.zeros(8, 4, dtype=torch.uint8), (8, 8), refuse))
+    weight = LowBit(codes, torch.ones(8, 2), torch.full((1, 1), 8.0), 4, 4)
+
+    assert weight.shape == to_meta(weight).shape == (8, 8)
+    assert (weight.groups, weight.is_symmetric) == (2, True)
+    assert describe(weight) == "4-bit group 4"
+    assert [*nodes(Sum((weight, weight)))][1:] == [weight, weight]
+    with pytest.raises(AssertionError, match="unpacked"):
+        weight.dense()
+    with pytest.raises(WeightError, match=r"scales are \(8, 1\), not \(8, 2\)"):
+        LowBit(codes, torch.ones(8, 1), weight.zeros, 4, 4)

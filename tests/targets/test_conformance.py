@@ -16,13 +16,13 @@ from torch import Tensor
 from exporter import compress, evaluate, plugins
 from exporter.compress.quantize import QuantizeConfig
 from exporter.compress.step import UNKEPT
-from exporter.errors import BackendMissingError
+from exporter.errors import BackendMissingError, PocketError
 from exporter.model import Layer, Model, Rope
-from exporter.plugins import Plan, Target
+from exporter.plugins import Plan, Session, Target
 from exporter.session import TorchSession
 from exporter.weights import Dense, Weight, to_meta
 from tests import fakes
-from tests.models import LLAMA, OPT, low_bit, random_model, trees
+from tests.models import BERT, LLAMA, OPT, low_bit, random_model, trees
 
 CONTEXT = 24
 TOKENS = [1, 5, 90, 7, 33, 2, 61, 18, 4, 77, 12, 50]
@@ -73,7 +73,26 @@ def table_cases() -> dict[str, Model]:
     return cases | {"4-bit head, dense embedding": untied.with_weights({"lm_head": low_bit((96, 64), 4, 32)})}
 
 
-CASES = {**dense_cases(), **tree_cases(), **table_cases()}
+def encoder_cases() -> dict[str, Model]:
+    """Encoders: attention to all tokens, a norm after each sum; every tree at their sites."""
+    unequal = replace(BERT, layers=(NARROW, Layer(2, 2, 16, 12, 20)), activation="gelu_tanh", norm_eps=1e-2)
+    turned = replace(BERT, rope=LLAMA3)
+    model = random_model(BERT)
+    sites = [site for site in model.weights if site.startswith("encoder")]
+    kinds = sorted(trees((64, 64)))
+    cases = {"encoder": model, "encoder, turned": random_model(turned),
+             "encoder, grouped queries, narrow values, no biases": random_model(unequal, optional=())}  # fmt: skip
+    for turn in (0, len(kinds) - len(sites)):
+        placed: dict[str, Weight] = {
+            site: trees(model.weights[site].shape)[kinds[index + turn]] for index, site in enumerate(sites)
+        }
+        cases[f"encoder, trees from {kinds[turn]!r} on"] = model.with_weights(placed)
+    table = low_bit((96, 64), 4, 32)
+    table = replace(table, scales=(table.scales * 8).half().float())
+    return cases | {"encoder, 4-bit embedding": model.with_weights({"embeddings.word_embeddings": table})}
+
+
+CASES = {**dense_cases(), **tree_cases(), **table_cases(), **encoder_cases()}
 
 
 @pytest.fixture(scope="module", params=[*plugins.target_names(), fakes.TARGET.name])
@@ -102,8 +121,12 @@ def test_a_target_says_what_torch_says(name: str, target: Target, tmp_path: Path
 def assert_numbers(target: Target, model: Model, plan: Plan, folder: Path) -> None:
     """Prefill at once, in chunks and token by token, within the budget of float64 torch at every position."""
     budget = target.budget(model, plan).relative_l2
-    expected = TorchSession(model, torch.float64).step(TOKENS)
     session = target.session(folder)
+    assert session.causal is model.architecture.causal
+    if not model.architecture.causal:
+        assert_encodes(session, model, budget)
+        return
+    expected = TorchSession(model, torch.float64).step(TOKENS)
     for chunks in ([12], [7, 1, 4], [1] * 12):
         session.reset()
         pieces = torch.tensor(TOKENS).split(chunks)
@@ -111,6 +134,23 @@ def assert_numbers(target: Target, model: Model, plan: Plan, folder: Path) -> No
         assert found.shape == expected.shape
         worst = float(relative_l2(found, expected).max())
         assert worst <= budget, f"chunks {chunks}: relative L2 {worst:.2e}, budget {budget:.2e}"
+
+
+def assert_encodes(session: Session, model: Model, budget: float) -> None:
+    """Whole texts of several lengths, among them the whole context; a second one without a reset is refused."""
+    reference = TorchSession(model, torch.float64)
+    for text in (TOKENS, TOKENS[:1], TOKENS * 2):
+        session.reset()
+        reference.reset()
+        found, expected = session.step(text).double(), reference.step(text)
+        assert found.shape == expected.shape == (len(text), model.architecture.hidden)
+        worst = float(relative_l2(found, expected).max())
+        assert worst <= budget, f"{len(text)} tokens: relative L2 {worst:.2e}, budget {budget:.2e}"
+    with pytest.raises(PocketError, match="an encoder sees a whole text at once"):
+        session.step(TOKENS)
+    session.reset()
+    with pytest.raises(PocketError, match="tokens does not fit an encoder with a context of"):
+        session.step([1] * (session.context + 1))
 
 
 def relative_l2(found: Tensor, expected: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from exporter.model import Layer, Model
 from exporter.plugins import Plan
 from exporter.weights import LowBit
 from targets.coreml_ios import TARGET
-from tests.models import LLAMA, OPT, random_model, trees
+from tests.models import BERT, LLAMA, OPT, random_model, trees
 
 CONTEXT = 32
 
@@ -78,6 +78,11 @@ def forest() -> Model:
     return model.with_weights(placed)
 
 
+def bert() -> Model:
+    """An encoder of two layers, the second one pruned."""
+    return random_model(replace(BERT, layers=(Layer(4, 4, 16, 16, 96), Layer(4, 4, 16, 8, 44)), positions=CONTEXT))
+
+
 @pytest.fixture(scope="session")
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lowered]:
     """A package by name, written when first asked for. Do not change it: copy it."""
@@ -91,7 +96,8 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lowered
             model = checkpoint.load(shared)
             return rounded(model) if name == "stories in 4 bits" else model
         return {"unequal": unequal, "unequal in 4 bits": lambda: rounded(unequal()), "forest": forest,
-                "opt": lambda: random_model(OPT)}[name]()  # fmt: skip
+                "opt": lambda: random_model(OPT), "bert": bert,
+                "bert in 4 bits": lambda: rounded(bert())}[name]()  # fmt: skip
 
     def get(name: str) -> Lowered:
         if name not in done:

@@ -22,6 +22,7 @@ class SlowExecutor:
     def __init__(self, package: Package, context: int) -> None:
         self.package, self.context = package, context
         self.fixed = {name: _tensor(package.constant(name).decode()) for name in package.constants()}
+        self.causal = bool(package.interface().states)
         self.reset()
 
     def reset(self) -> None:
@@ -31,14 +32,15 @@ class SlowExecutor:
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         count, end = len(tokens), self.past + len(tokens)
-        mask = torch.full((count, end), -1e4).triu(self.past + 1)
-        values = {**self.fixed, "inputIds": torch.tensor([list(tokens)]), "causalMask": mask[None, None]}
+        values = {**self.fixed, "inputIds": torch.tensor([list(tokens)])}
+        if self.causal:
+            values["causalMask"] = torch.full((count, end), -1e4).triu(self.past + 1)[None, None]
         for operation in self.package.block.operations:
             if operation.type == "const" or operation.type.startswith("constexpr"):
                 continue
             self._run(operation, values)
         self.past = end
-        return values["logits"][0]
+        return values["logits" if self.causal else "lastHiddenState"][0]
 
     def _run(self, operation: Any, values: dict[str, Tensor]) -> None:
         names = {key: [binding.name for binding in argument.arguments] for key, argument in operation.inputs.items()}
@@ -119,7 +121,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "gather": _gather,
     "slice_by_index": _slice,
     "slice_update": _update,
-    "scaled_dot_product_attention": lambda query, key, value, attn_mask: F.scaled_dot_product_attention(
+    "squeeze": lambda x, axes: x.squeeze(axes.tolist()),
+    "scaled_dot_product_attention": lambda query, key, value, attn_mask=None: F.scaled_dot_product_attention(
         query, key, value, attn_mask
     ),
 }

@@ -27,7 +27,7 @@ from tests.targets.coreml_ios.conftest import CONTEXT, Lowered, lower, rounded, 
 from tests.targets.coreml_ios.slow_executor import SlowExecutor
 
 Get = Callable[[str], Lowered]
-ALL = ["stories", "stories in 4 bits", "unequal", "unequal in 4 bits", "forest", "opt"]
+ALL = ["stories", "stories in 4 bits", "unequal", "unequal in 4 bits", "forest", "opt", "bert", "bert in 4 bits"]
 PUBLISHED = "Once upon a time, there was a little girl named Lily."
 
 
@@ -54,7 +54,7 @@ def test_the_graph_says_what_torch_says_for_any_chunks(name: str, lowered: Get) 
     expected = TorchSession(stored, torch.float64).step(tokens.tolist())
     session = SlowExecutor(Package(made.package), made.plan.context)
 
-    for chunks in ([12], [5, 1, 6], [1] * 12):
+    for chunks in ([12], [5, 1, 6], [1] * 12) if session.causal else ([12],):
         session.reset()
         found = torch.cat([session.step(chunk.tolist()).double() for chunk in tokens.split(chunks)])
         error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
@@ -98,6 +98,27 @@ def test_the_interface_is_apples(lowered: Get) -> None:
         "valueCache": (((3, 3), (4, 4), (CONTEXT, CONTEXT), (16, 16)), "fp16"),
     }
     assert "as wide as the widest layer" in " ".join(lowered("unequal").plan.notes)
+
+
+def test_the_interface_of_an_encoder_is_tokens_in_and_hidden_states_out(lowered: Get) -> None:
+    made = lowered("bert")
+    interface = Package(made.package).interface()
+
+    assert interface.inputs == {"inputIds": (((1, 1), (1, CONTEXT)), "int32")}
+    assert list(interface.outputs) == ["lastHiddenState"]
+    assert interface.states == {}
+    assert any(note.startswith("an encoder: inputIds are a whole text") for note in made.plan.notes)
+
+
+def test_an_epsilon_that_float16_lacks_becomes_its_least_number_and_that_is_said(lowered: Get) -> None:
+    made = lowered("bert")
+    package = Package(made.package)
+    norms = [op for op in package.block.operations if op.type == "layer_norm"]
+
+    found = {float(package.constant(op.inputs["epsilon"].arguments[0].name).decode()) for op in norms}
+
+    assert found == {2.0**-24}
+    assert "norms add 6e-08, float16's least number, where the model adds 1e-12" in made.plan.notes
 
 
 def test_nothing_in_the_files_says_when_or_by_what_they_were_made(lowered: Get) -> None:
