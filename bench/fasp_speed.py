@@ -78,20 +78,17 @@ def work(model: Model, small: Model, tokens: int) -> dict[str, float]:
     return dict(needed)
 
 
-def rate(device: str, tokens: int) -> tuple[float, float]:
-    """Operations a second, and a second of the processor, of the best products of activations and matrices, float32."""
-    best = best_of_cpu = 0.0
+def rate(device: str, tokens: int) -> float:
+    """Operations a second of the best product of activations and a matrix of the MLP, float32."""
+    best = 0.0
     for inside, out in ((768, 3072), (3072, 768)):
         x, weight = torch.randn(tokens, inside, device=device), torch.randn(inside, out, device=device)
         result = torch.empty(tokens, out, device=device)
         for _ in range(REPEATS):
-            start, cpu = _now(device), time.process_time()
+            start = _now(device)
             torch.mm(x, weight, out=result)
-            seconds, cpu = _now(device) - start, time.process_time() - cpu
-            best, best_of_cpu = (
-                max(b, 2 * tokens * inside * out / s) for b, s in ((best, seconds), (best_of_cpu, cpu))
-            )
-    return best, best_of_cpu
+            best = max(best, 2 * tokens * inside * out / (_now(device) - start))
+    return best
 
 
 def _now(device: str) -> float:
@@ -149,9 +146,9 @@ def run(layers: int, windows: int, device: str) -> dict[str, Any]:
         tokens = min(windows, calibrate.fast_batch(model, LENGTH, device)) * LENGTH
         rates = [rate(device, tokens)]
         stages, before = watched_stages(device), _memory(device)
-        start, cpu = _now(device), time.process_time()
+        start = _now(device)
         small = find("fasp").run(model, fasp.FaspConfig(sparsity=SPARSITY), Samples(ids), Unkept(device=device))
-        seconds, cpu = _now(device) - start, time.process_time() - cpu
+        seconds = _now(device) - start
         peak, took = _memory(device) - before, dict(stages.seconds)
         rates.append(rate(device, tokens))
         rounded = [gptq_seconds(*shape, device) for shape in GPTQ_SHAPES]
@@ -160,7 +157,7 @@ def run(layers: int, windows: int, device: str) -> dict[str, Any]:
     needed = work(model, small, windows * LENGTH)
     kept = sum(weight.shape[0] * weight.shape[1] for site, weight in small.weights.items() if ".layers." in site)
     whole = sum(weight.shape[0] * weight.shape[1] for site, weight in model.weights.items() if ".layers." in site)
-    return {"seconds": seconds, "cpu": cpu, "rates": rates, "needed": needed, "stages": took, "peak": peak,
+    return {"seconds": seconds, "rates": rates, "needed": needed, "stages": took, "peak": peak,
             "left": kept / whole, "threads": threads, "batch": tokens, "load": os.getloadavg()[0],
             "gptq": rounded}  # fmt: skip
 
@@ -202,7 +199,7 @@ class Row:
     @property
     def best(self) -> float:
         """Operations a second that the machine reached."""
-        return float(max(best for best, _ in self.raw["rates"]))
+        return float(max(self.raw["rates"]))
 
     @property
     def achieved(self) -> float:
@@ -213,12 +210,6 @@ class Row:
     def share(self) -> float:
         """Of the best."""
         return self.achieved / self.best
-
-    @property
-    def share_of_cpu(self) -> float:
-        """The same with the processor's time, which other processes do not lengthen."""
-        best = max(best for _, best in self.raw["rates"])
-        return float(sum(self.raw["needed"].values()) / self.raw["cpu"] / best)
 
 
 def page(ran: list[dict[str, Any]], layers: int, windows: int, device: str) -> str:
@@ -242,31 +233,20 @@ def _head(raw: dict[str, Any], layers: int, windows: int, device: str) -> list[s
         f"{1 - raw['left']:.1%} of the decoder's weights are pruned. *Work* is what cannot be left out, counted from",
         "shapes: every matrix times every token once, attention to earlier tokens, one triangle of each Gram matrix,",
         f"the solves. *Rate* is the best of {REPEATS} float32 products of {raw['batch']} tokens and each matrix of the",
-        "MLP, right before and right after. *In CPU time*, both are a second of the processor, not of the clock: the",
-        "machine is shared. *Memory* is the highest resident size, less that with the model loaded.",
+        "MLP, right before and right after. *Memory* is the highest resident size, less that with the model loaded.",
         "",
     ]
 
 
 def _runs(rows: list[Row]) -> list[str]:
-    names = (
-        "run",
-        "time s",
-        "work TFLOP",
-        "GFLOP/s",
-        "rate before, after",
-        "share",
-        "in CPU time",
-        "memory MB",
-        "load",
-    )
+    names = "run", "time s", "work TFLOP", "GFLOP/s", "rate before, after", "share", "memory MB", "load"
     lines = [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
     for index, row in enumerate(rows):
-        raw, rates = row.raw, ", ".join(f"{one / 1e9:.0f}" for one, _ in row.raw["rates"])
+        raw, rates = row.raw, ", ".join(f"{one / 1e9:.0f}" for one in row.raw["rates"])
         needed = sum(raw["needed"].values()) / 1e12
         lines.append(
             f"| {index + 1} | {raw['seconds']:.1f} | {needed:.2f} | {row.achieved / 1e9:.0f} |"
-            f" {rates} | **{row.share:.0%}** | {row.share_of_cpu:.0%} | {raw['peak'] / 1e6:.0f} | {raw['load']:.1f} |"
+            f" {rates} | **{row.share:.0%}** | {raw['peak'] / 1e6:.0f} | {raw['load']:.1f} |"
         )
     middle = statistics.median(row.share for row in rows)
     verdict = "reached" if middle >= GOAL else "not reached"
