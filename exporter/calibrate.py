@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def windows(tokens: Sequence[int], count: int, length: int, seed: int, bos: int 
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - taken + 1, (count, 1), generator=generator)
     found = torch.tensor(list(tokens), dtype=torch.int64)[starts + torch.arange(taken)]
-    return found if bos is None else torch.cat((torch.full((count, 1), bos), found), dim=1)
+    return _begun(found, bos)
 
 
 def framed(windows: Tensor, architecture: Architecture) -> Tensor:
@@ -80,6 +81,11 @@ class Samples:
     ids: Tensor
     pixels: Tensor | None = None
     validation: Tensor | None = None
+
+    def digests(self) -> list[str | None]:
+        """The sha256 of each of these in hexadecimal, None for what there is not: other samples have others."""
+        tensors = (self.ids, self.pixels, self.validation)
+        return [None if t is None else hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in tensors]
 
 
 def split(tokens: Sequence[int], validation: int, length: int, bos: int | None) -> tuple[Sequence[int], Tensor | None]:
@@ -107,7 +113,12 @@ def split(tokens: Sequence[int], validation: int, length: int, bos: int | None) 
             f"{(validation + 1) * body}; give more text or fewer windows"
         )
     pieces = torch.tensor(list(tokens[cut:]), dtype=torch.int64).view(validation, body)
-    return tokens[:cut], pieces if bos is None else torch.cat((torch.full((validation, 1), bos), pieces), dim=1)
+    return tokens[:cut], _begun(pieces, bos)
+
+
+def _begun(pieces: Tensor, bos: int | None) -> Tensor:
+    """Pieces of a text [count, tokens] as windows: BOS in front of each, where the model has one."""
+    return pieces if bos is None else torch.cat((torch.full((len(pieces), 1), bos), pieces), dim=1)
 
 
 class _EnoughError(Exception):
@@ -320,6 +331,25 @@ class Calibration:
             with torch.inference_mode(), suppress(_EnoughError):
                 x = self._adapter.block(_fresh(ops), x, layer)
             yield x
+
+
+class Unchanged:
+    """The layers of a model as it came in, walked beside those that are being compressed.
+
+    Args:
+        model: As it came in.
+        samples: The windows.
+        device: Where the layers run.
+    """
+
+    def __init__(self, model: Model, samples: Samples, device: str = "cpu") -> None:
+        self._model, self.calibration = model, Calibration(model, samples, device=device)
+
+    def gram(self, layer: int, sites: Collection[str], hold: bool = False) -> dict[str, Tensor]:
+        """See `Calibration.gram`; a walk that was resumed catches up with the layer first."""
+        while self.calibration.layer < layer:
+            self.calibration.advance(self._model, self.calibration.layer)
+        return self.calibration.gram(self._model, layer, sites, hold)
 
 
 def block_influence(

@@ -60,7 +60,7 @@ def read(path: Path, model: Model, windows: int, length: int, seed: int) -> Samp
         )
     if windows * vision.size**2 * vision.channels > MOST_NUMBERS:
         raise RecipeError(f"{windows} pictures of {vision.size} pixels a side do not fit 2 GiB; ask for fewer")
-    tokenizer = Tokenizer(model.files, model.architecture.bos, model.architecture.vocab)
+    tokenizer = Tokenizer.of(model)
     texts = [
         (line, prompt(tokenizer, line.fields["text"], vision, f"{path}, line {line.number}"))
         for line in lines_of(path, ("text",))

@@ -9,7 +9,6 @@ for outcome in pipeline.export(small, ["onnxruntime-mobile", "executorch-android
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -123,7 +122,7 @@ def tokenizer_of(model: Model) -> Tokenizer:
     Raises:
         CheckpointError: it has none, or it cannot be read.
     """
-    return Tokenizer(model.files, model.architecture.bos, model.architecture.vocab)
+    return Tokenizer.of(model)
 
 
 def _with_frame(model: Model) -> Model:
@@ -188,7 +187,7 @@ def run(job: Job, watch: Watch | None = None) -> list[Outcome]:
     ahead = prospect(job)
     model, samples = ahead.source, ahead.samples
     code = code_version("exporter"), torch.__version__, job.device
-    key = key_of(model.provenance.digest, code, model.provenance.steps, _fingerprint(samples))
+    key = key_of(model.provenance.digest, code, model.provenance.steps, samples and samples.digests())
     job_key = {
         "model": key,
         "recipe": job.recipe.model_dump(mode="json"),
@@ -399,11 +398,6 @@ def lower(model: Model, target: plugins.Target, folder: Path, context: int) -> A
     made = checking.describe(model, target, plan, requires, folder)
     artifacts.save(made, folder)
     return made
-
-
-def _fingerprint(samples: Samples | None) -> list[str | None]:
-    tensors = () if samples is None else (samples.ids, samples.pixels, samples.validation)
-    return [None if t is None else hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in tensors]
 
 
 def all_stages(recipe: Recipe, targets: Sequence[str]) -> Iterator[str]:

@@ -55,7 +55,7 @@ def read(path: Path, model: Model) -> list[Question]:
         CheckpointError: a line that cannot be read; see `pictures.lines_of`.
         RecipeError: the model sees no pictures, or a question holds no image token.
     """
-    vision, tokenizer = vision_of(model), _tokenizer(model)
+    vision, tokenizer = vision_of(model), Tokenizer.of(model)
     return [
         Question(
             line.picture,
@@ -80,7 +80,7 @@ def accuracy(
     Raises:
         PocketError: a picture that cannot be read, or a question that does not fit the context.
     """
-    session, tokenizer = TorchSession(model), _tokenizer(model)
+    session, tokenizer = TorchSession(model), Tokenizer.of(model)
     vision, scaling = vision_of(model), scaling_of(model)
     asked, right, shown = Counter[str | None](), Counter[str | None](), None
     for index, question in enumerate(questions):
@@ -103,7 +103,3 @@ def answer(session: TorchSession, tokenizer: Tokenizer, asked: Sequence[int], eo
         if "\n" in tokenizer.decode(tokens):
             break
     return tokenizer.decode(tokens).partition("\n")[0].strip()
-
-
-def _tokenizer(model: Model) -> Tokenizer:
-    return Tokenizer(model.files, model.architecture.bos, model.architecture.vocab)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from exporter import adapters
-from exporter.errors import PocketError
+from exporter.errors import PocketError, TargetError
 from exporter.model import Model
 from exporter.plugins import Session
 from exporter.torch_ops import TorchOps, fitting_threads
@@ -89,6 +89,16 @@ def require_room(tokens: int, context: int) -> None:
     """
     if tokens > context:
         raise PocketError(f"{tokens} tokens do not fit the context of {context}")
+
+
+def require_known(tokens: Sequence[int], vocab: int) -> None:
+    """Refuse a token that the vocabulary lacks: a runtime would read beyond its table.
+
+    Raises:
+        TargetError: it names the first.
+    """
+    if strange := [token for token in tokens if not 0 <= token < vocab]:
+        raise TargetError(f"token {strange[0]} is not in the vocabulary; its tokens are 0 to {vocab - 1}")
 
 
 def greedy(session: Session, prompt: Sequence[int], new_tokens: int, eos: Sequence[int] = ()) -> Iterator[int]:

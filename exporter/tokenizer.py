@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import tokenizers
 
 from exporter.errors import CheckpointError
+from exporter.model import Model
 
 FILE = "tokenizer.json"
 
@@ -33,6 +34,15 @@ class Tokenizer:
         self._tokenizer.no_truncation()  # what a checkpoint's batches were cut and filled to is not our text's length
         self._tokenizer.no_padding()
         self.bos, self._vocab = bos, vocab
+
+    @classmethod
+    def of(cls, model: Model) -> Tokenizer:
+        """A model's own tokenizer.
+
+        Raises:
+            CheckpointError: it has none, or it cannot be read.
+        """
+        return cls(model.files, model.architecture.bos, model.architecture.vocab)
 
     @property
     def frame(self) -> list[int]:

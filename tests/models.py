@@ -43,6 +43,23 @@ def random_model(architecture: Architecture, seed: int = 0, optional: Sequence[s
     return replace(model, provenance=replace(model.provenance, parameters=model.parameters))
 
 
+def random_unequal(
+    drawn: Sequence[tuple[int, int, int, int, int]], family: str, hidden: int, optional: Sequence[str] = ("bias",)
+) -> Model:
+    """A random model of drawn widths: key-value heads, query heads to each (1 in an OPT), head_dim, value_dim, MLP."""
+    base = LLAMA if family == "llama" else OPT
+    layers = tuple(Layer(kv * (group if family == "llama" else 1), kv, dim, value, mlp)
+                   for kv, group, dim, value, mlp in drawn)  # fmt: skip
+    return random_model(replace(base, hidden=hidden, layers=layers), optional=optional)
+
+
+def assert_same_shapes(promised: Model, made: Model) -> None:
+    """A prediction has the widths of the result, its matrices and vectors the same shapes."""
+    assert promised.architecture == made.architecture
+    assert {s: w.shape for s, w in promised.weights.items()} == {s: w.shape for s, w in made.weights.items()}
+    assert {n: t.shape for n, t in promised.tensors.items()} == {n: t.shape for n, t in made.tensors.items()}
+
+
 def low_bit(shape: tuple[int, int], bits: int, group: int, symmetric: bool = True, seed: int = 0) -> LowBit:
     """Random codes with scales that keep the size of an input, exact in float16."""
     generator = torch.Generator().manual_seed(seed)

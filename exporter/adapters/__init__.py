@@ -154,6 +154,28 @@ def attention_spec(architecture: Architecture, layer: int) -> AttentionSpec:
     return AttentionSpec(w.heads, w.kv_heads, w.head_dim, w.value_dim, scale, rope, causal)
 
 
+def layer_shapes(
+    width: Layer, hidden: int, attention: AttentionSites, mlp: MlpSites
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """The matrices of one layer, [out, in] by site, and the length of the bias that each may have, by full name."""
+    gate = {} if mlp.gate is None else {mlp.gate: (width.mlp, hidden)}
+    weights = {
+        attention.q: (width.heads * width.head_dim, hidden),
+        attention.k: (width.kv_heads * width.head_dim, hidden),
+        attention.v: (width.kv_heads * width.value_dim, hidden),
+        attention.o: (hidden, width.heads * width.value_dim),
+        **gate,
+        mlp.up: (width.mlp, hidden),
+        mlp.down: (hidden, width.mlp),
+    }
+    return weights, {f"{site}.bias": shape[0] for site, shape in weights.items()}
+
+
+def layer_norm_shapes(site: str, width: int) -> dict[str, int]:
+    """The two vectors of a layer norm: their length by full name."""
+    return {f"{site}.weight": width, f"{site}.bias": width}
+
+
 def equal_layers(count: int, layer: Layer) -> tuple[Layer, ...]:
     """Layers of one width, as every unpruned checkpoint has them."""
     return (layer,) * count

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from exporter.adapters import Shapes, attention_spec, equal_layers
+from exporter.adapters import Shapes, attention_spec, equal_layers, layer_norm_shapes, layer_shapes
 from exporter.adapters.config import Fields
 from exporter.errors import ArchitectureError
 from exporter.model import Architecture, Layer
@@ -62,17 +62,14 @@ def shapes(architecture: Architecture) -> Shapes:
     """The matrices and vectors of such a model."""
     hidden = architecture.hidden
     weights = {EMBEDDING: (architecture.vocab, hidden), POSITIONS: (architecture.positions, hidden)}
-    tensors = {SEGMENT: hidden, **_norm(NORM, hidden)}
+    tensors = {SEGMENT: hidden, **layer_norm_shapes(NORM, hidden)}
     optional: dict[str, int] = {}
     for index, w in enumerate(architecture.layers):
-        attention, mlp = attention_sites(index), mlp_sites(index)
-        layer = {attention.q: (w.heads * w.head_dim, hidden), attention.k: (w.kv_heads * w.head_dim, hidden),
-                 attention.v: (w.kv_heads * w.value_dim, hidden), attention.o: (hidden, w.heads * w.value_dim),
-                 mlp.up: (w.mlp, hidden), mlp.down: (hidden, w.mlp)}  # fmt: skip
-        weights |= layer
-        optional |= {f"{site}.bias": shape[0] for site, shape in layer.items()}
+        matrices, biases = layer_shapes(w, hidden, attention_sites(index), mlp_sites(index))
+        weights |= matrices
+        optional |= biases
         for norm in ("attention.output.LayerNorm", "output.LayerNorm"):
-            tensors |= _norm(f"encoder.layer.{index}.{norm}", hidden)
+            tensors |= layer_norm_shapes(f"encoder.layer.{index}.{norm}", hidden)
     return Shapes(weights, tensors, optional)
 
 
@@ -124,7 +121,3 @@ def read(config: Mapping[str, Any]) -> Architecture:
     )
     fields.finish()
     return architecture
-
-
-def _norm(site: str, width: int) -> dict[str, int]:
-    return {f"{site}.weight": width, f"{site}.bias": width}

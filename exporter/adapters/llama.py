@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from exporter.adapters import Shapes, attention_spec, equal_layers
+from exporter.adapters import Shapes, attention_spec, equal_layers, layer_shapes
 from exporter.adapters.config import Fields
 from exporter.errors import ArchitectureError
 from exporter.model import Architecture, Layer, Rope
@@ -59,12 +59,10 @@ def shapes(architecture: Architecture, root: str = "") -> Shapes:
     tensors: dict[str, int] = {f"{root}{NORM}.weight": hidden}
     optional: dict[str, int] = {}
     for index, w in enumerate(architecture.layers):
-        attention, mlp = attention_sites(index, root), mlp_sites(index, root)
-        layer = {attention.q: (w.heads * w.head_dim, hidden), attention.k: (w.kv_heads * w.head_dim, hidden),
-                 attention.v: (w.kv_heads * w.value_dim, hidden), attention.o: (hidden, w.heads * w.value_dim),
-                 str(mlp.gate): (w.mlp, hidden), mlp.up: (w.mlp, hidden), mlp.down: (hidden, w.mlp)}  # fmt: skip
-        weights |= layer
-        optional |= {f"{site}.bias": shape[0] for site, shape in layer.items()}
+        attention = attention_sites(index, root)
+        matrices, biases = layer_shapes(w, hidden, attention, mlp_sites(index, root))
+        weights |= matrices
+        optional |= biases
         optional |= {f"{site}.weight": w.head_dim for site in (attention.q_norm, attention.k_norm)}
         norms = ("input_layernorm", "post_attention_layernorm")
         tensors |= {f"{root}model.layers.{index}.{norm}.weight": hidden for norm in norms}

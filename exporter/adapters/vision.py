@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from exporter.adapters import Shapes
-from exporter.model import Vision
+from exporter.adapters import Shapes, layer_norm_shapes, layer_shapes
+from exporter.model import Layer, Vision
 from exporter.ops import AttentionSites, AttentionSpec, MlpSites, Ops
 
 T = TypeVar("T")
@@ -55,24 +55,19 @@ def mlp_sites(layer: int) -> MlpSites:
 
 def shapes(vision: Vision) -> Shapes:
     """The matrices and vectors of such a tower."""
-    hidden = vision.hidden
+    hidden, size = vision.hidden, vision.hidden // vision.heads
+    width = Layer(vision.heads, vision.heads, size, size, vision.mlp)
     weights = {PATCHES: (hidden, vision.patch_width), POSITIONS: (vision.patches + 1, hidden)}
-    tensors = {CLASS: hidden} | _norm(NORM, hidden)
+    tensors = {CLASS: hidden} | layer_norm_shapes(NORM, hidden)
     for index in range(vision.layers):
-        attention, mlp = attention_sites(index), mlp_sites(index)
-        square = dict.fromkeys((attention.q, attention.k, attention.v, attention.o), (hidden, hidden))
-        layer = square | {mlp.up: (vision.mlp, hidden), mlp.down: (hidden, vision.mlp)}
-        weights |= layer
-        tensors |= {f"{site}.bias": shape[0] for site, shape in layer.items()}
+        matrices, biases = layer_shapes(width, hidden, attention_sites(index), mlp_sites(index))
+        weights |= matrices
+        tensors |= biases
         for norm in NORMS:
-            tensors |= _norm(f"{_prefix(index)}.{norm}", hidden)
+            tensors |= layer_norm_shapes(f"{_prefix(index)}.{norm}", hidden)
     behind = range(vision.layers, vision.layers + vision.unread)
     return Shapes(weights, tensors, {}, tuple(f"{_prefix(layer)}." for layer in behind))
 
 
 def _prefix(layer: int) -> str:
     return f"{TOWER}.encoder.layers.{layer}"
-
-
-def _norm(site: str, width: int) -> dict[str, int]:
-    return {f"{site}.weight": width, f"{site}.bias": width}

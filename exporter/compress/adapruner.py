@@ -12,7 +12,6 @@ in detail; this one is ours. Heads are counted first, then the MLP makes up for 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -27,14 +26,14 @@ from exporter import adapters
 from exporter.calibrate import Samples, check_windows
 from exporter.compress import search
 from exporter.compress.search import Point, Trial
-from exporter.compress.step import Journal, StepConfig, layer_sites, resized
+from exporter.compress.step import Journal, StepConfig, layer_sites, plain, resized, with_rows
 from exporter.errors import RecipeError
 from exporter.gradients import Gradients, mean_loss
 from exporter.maths.channels import strongest
 from exporter.maths.groups import kept_width, rows_of
 from exporter.maths.taylor import AGGREGATIONS, GRANULARITIES, Metric, group_scores, row_scores, weight_scores
 from exporter.model import Layer, Model
-from exporter.weights import Dense, describe
+from exporter.weights import Dense
 
 SUBSETS, COUNTS = 64, (5, 10, 20)  # seeds of calibration subsets, and their sizes in windows
 Statistics = Mapping[str, tuple[Tensor, Tensor]]  # site -> mean gradient, mean squared gradient
@@ -235,13 +234,12 @@ def sliced(model: Model, index: int, kept: Kept) -> Model:
     rows = {q: rows_of(kept.heads, group * before.head_dim), k: rows_of(kept.heads, before.head_dim),
             v: rows_of(kept.heads, before.value_dim), **dict.fromkeys(ups, kept.channels)}  # fmt: skip
     columns = {o: rows_of(kept.heads, group * before.value_dim), down: kept.channels}
-    weights = {site: Dense(_values(model, site)[which]) for site, which in rows.items()}
-    weights |= {site: Dense(_values(model, site)[:, which].contiguous()) for site, which in columns.items()}
-    names = {f"{site}.bias": which for site, which in rows.items()}
-    biases = {name: model.tensors[name][which] for name, which in names.items() if name in model.tensors}
+    for site, which in rows.items():
+        model = with_rows(model, site, which, _values(model, site))
+    weights = {site: Dense(_values(model, site)[:, which].contiguous()) for site, which in columns.items()}
     count = len(kept.heads)
     layer = replace(before, heads=count * group, kv_heads=count, mlp=len(kept.channels))
-    return model.with_weights(weights).with_tensors(biases).with_layer(index, layer)
+    return model.with_weights(weights).with_layer(index, layer)
 
 
 @dataclass(frozen=True)
@@ -325,10 +323,8 @@ def _tried(candidates: Candidates, config: AdaPrunerConfig, identity: Any, journ
 
 def _identity(model: Model, config: AdaPrunerConfig, samples: Samples) -> Any:
     """What a study belongs to: trials of another model, text or config are not its own."""
-    tensors = [tensor for tensor in (samples.ids, samples.pixels, samples.validation) if tensor is not None]
-    texts = [hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for tensor in tensors]
     came_from = (model.provenance.digest, model.provenance.steps)
-    return came_from, config.model_dump(mode="json", exclude={"trials", "storage"}), texts
+    return came_from, config.model_dump(mode="json", exclude={"trials", "storage"}), samples.digests()
 
 
 def _step(config: AdaPrunerConfig) -> dict[str, Any]:
@@ -358,7 +354,4 @@ def _sites(model: Model, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _values(model: Model, site: str) -> Tensor:
-    weight = model.weights[site]
-    if not isinstance(weight, Dense):
-        raise RecipeError(f"{site} is {describe(weight)}; adapruner prunes plain matrices: put it before other steps")
-    return weight.values
+    return plain(site, model.weights[site], "adapruner prunes plain matrices: put it before other steps")

@@ -23,8 +23,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from exporter import adapters
-from exporter.calibrate import Calibration, Samples, block_influence
-from exporter.compress.step import Journal, StepConfig, layer_sites, token_tables
+from exporter.calibrate import Calibration, Samples, Unchanged, block_influence
+from exporter.compress.step import Journal, StepConfig, layer_sites, plain, token_tables
 from exporter.compress.trees import placeholder_of, rounded, rounder_of
 from exporter.compress.walk import walk
 from exporter.errors import RecipeError, WeightError
@@ -32,7 +32,7 @@ from exporter.maths.allocation import allocated, ideal_bits
 from exporter.maths.rounding import Grid, finite
 from exporter.maths.whitening import balanced, kept_rank, whitened
 from exporter.model import Model
-from exporter.weights import Dense, LowBit, Product, Weight, describe, nodes
+from exporter.weights import Dense, LowBit, Product, Weight, nodes
 
 SCALE_BITS = 16  # scales are float16 numbers
 
@@ -110,11 +110,12 @@ def run(model: Model, config: CaspConfig, samples: Samples | None, journal: Jour
         raise RecipeError("casp: low rank and allocation want calibration text; give it")
     influence = _finite_influence(model, samples, journal.device)
     widths = budget.spent_on(influence, config.levels)
-    original = _Original(model, samples, journal.device) if config.inputs == "original" else None
+    original = Unchanged(model, samples, journal.device) if config.inputs == "original" else None
 
     def block(model: Model, index: int, calibration: Calibration | None) -> Model:
         here = cast(Calibration, calibration)  # there are samples
-        grams = original.grams(index) if original else here.gram(model, index, _factored(model, index))
+        factored = _factored(model, index)
+        grams = original.gram(index, factored) if original else here.gram(model, index, factored)
         model = _with_low_rank(model, index, config, grams)
         return _with_rounding(model, index, config, widths[index], here)
 
@@ -155,7 +156,7 @@ def budget_of(model: Model, config: CaspConfig) -> Budget:
     for index in range(len(model.architecture.layers)):
         size = 0
         for site in layer_sites(model, index):
-            out, width = _dense(model, site).shape
+            out, width = _values(model, site).shape
             weights += out * width
             if site in _factored(model, index):
                 rank = _rank(model, site, config)
@@ -166,26 +167,6 @@ def budget_of(model: Model, config: CaspConfig) -> Budget:
         sizes.append(size)
     _refuse_too_little(config, weights, spent + config.levels[0] * sum(sizes))
     return Budget(int(Fraction(str(config.bits)) * weights) - spent, tuple(sizes))
-
-
-class _Original:
-    """The layers as they came in, walked beside those that are being compressed.
-
-    Args:
-        model: As it came in.
-        samples: Calibration text.
-        device: Where it runs.
-    """
-
-    def __init__(self, model: Model, samples: Samples, device: str) -> None:
-        self._model = model
-        self._calibration = Calibration(model, samples, device=device)
-
-    def grams(self, index: int) -> Mapping[str, Tensor]:
-        """Gram matrices of the inputs of queries and keys of a layer; a resumed run catches up with it first."""
-        while self._calibration.layer < index:
-            self._calibration.advance(self._model, self._calibration.layer)
-        return self._calibration.gram(self._model, index, _factored(self._model, index))
 
 
 def _finite_influence(model: Model, samples: Samples, device: str) -> Tensor:
@@ -200,7 +181,7 @@ def _with_low_rank(model: Model, index: int, config: CaspConfig, grams: Mapping[
     """The model with the queries and keys of a layer as products, not rounded yet."""
     for site in _factored(model, index):
         try:
-            factors = whitened(finite(_dense(model, site).values), grams[site], _rank(model, site, config))
+            factors = whitened(finite(_values(model, site)), grams[site], _rank(model, site, config))
         except WeightError as error:
             raise RecipeError(f"casp: {site}: {error}") from None
         left, right = (Dense(factor.float().cpu()) for factor in balanced(*factors))
@@ -270,11 +251,8 @@ def _token_grids(model: Model, config: CaspConfig) -> dict[str, Grid]:
     return {} if bits is None else {site: config.grid(bits) for site in token_tables(model)}
 
 
-def _dense(model: Model, site: str) -> Dense:
-    weight = model.weights[site]
-    if not isinstance(weight, Dense):
-        raise RecipeError(f"{site} is {describe(weight)}; casp compresses plain matrices: leave out one of the steps")
-    return weight
+def _values(model: Model, site: str) -> Tensor:
+    return plain(site, model.weights[site], "casp compresses plain matrices: leave out one of the steps")
 
 
 def _outcome(before: Model, after: Model, widths: Sequence[int]) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from pydantic import Field
 from torch import Tensor
 
 from exporter import adapters
-from exporter.calibrate import Calibration, Samples
-from exporter.compress.step import Journal, StepConfig, layer_sites, resized
+from exporter.calibrate import Calibration, Samples, Unchanged
+from exporter.compress.step import Journal, StepConfig, layer_sites, plain, resized, with_rows
 from exporter.compress.walk import walk
 from exporter.errors import RecipeError
 from exporter.maths.channels import column_scores, restored, strongest
 from exporter.maths.groups import kept_width
 from exporter.model import Layer, Model
-from exporter.weights import Dense, describe
+from exporter.weights import Dense
 
 QUARTER = 4  # a value head is never rounded more coarsely than to quarters of it
 
@@ -61,7 +61,7 @@ def needs_calibration(config: FaspConfig) -> bool:
 def run(model: Model, config: FaspConfig, samples: Samples | None, journal: Journal) -> Model:
     """Prune layer after layer: attention first, then the MLP with what the restored attention gives it."""
     widths, samples = pruned_widths(model, config), _wanted(config, samples)
-    dense = _Dense(model, samples, journal.device) if samples is not None and config.target == "dense" else None
+    dense = _dense(model, samples, journal.device) if samples is not None and config.target == "dense" else None
 
     def block(model: Model, index: int, calibration: Calibration | None) -> Model:
         road = _Road(config, calibration, dense)
@@ -150,19 +150,11 @@ def _wanted(config: FaspConfig, samples: Samples | None) -> Samples | None:
     return samples
 
 
-class _Dense:
+def _dense(model: Model, samples: Samples, device: str) -> Unchanged:
     """The unpruned model's own activations, layer by layer beside those of the pruned one."""
-
-    def __init__(self, model: Model, samples: Samples, device: str) -> None:
-        for index in range(len(model.architecture.layers)):
-            model = _bias_moved(model, index)  # as in the pruned model, so that both give `o` the same thing to do
-        self._model, self.calibration = model, Calibration(model, samples, device=device)
-
-    def hold(self, index: int, site: str) -> None:
-        """Hold the input of a matrix, after catching up with the layers before it."""
-        while self.calibration.layer < index:
-            self.calibration.advance(self._model, self.calibration.layer)
-        self.calibration.gram(self._model, index, [site], hold=True)
+    for index in range(len(model.architecture.layers)):
+        model = _bias_moved(model, index)  # as in the pruned model, so that both give `o` the same thing to do
+    return Unchanged(model, samples, device)
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ class _Road:
 
     config: FaspConfig
     calibration: Calibration | None
-    dense: _Dense | None
+    dense: Unchanged | None
 
     def heard(self, model: Model, index: int, site: str) -> tuple[Tensor | None, Tensor | None]:
         """Gram matrix of an input, which is held, and its products with the dense model's; None where not wanted."""
@@ -180,7 +172,7 @@ class _Road:
         gram = self.calibration.gram(model, index, [site], hold=True)[site]
         if self.dense is None:
             return gram, None
-        self.dense.hold(index, site)
+        self.dense.gram(index, [site], hold=True)
         return gram, self.calibration.cross(self.dense.calibration, site)
 
     def narrow(self, site: str, columns: Tensor) -> None:
@@ -198,7 +190,8 @@ def _prune_values(model: Model, index: int, keep: int, road: _Road) -> Model:
     gram, cross = road.heard(model, index, sites.o)
     rows, columns = value_channels(_scores(model, sites.o, gram, road.config), layer, keep)
     road.narrow(sites.o, columns)
-    model = _with_columns(_with_rows(model, sites.v, rows), sites.o, columns, gram, cross, road.config)
+    model = with_rows(model, sites.v, rows, _values(model, sites.v))
+    model = _with_columns(model, sites.o, columns, gram, cross, road.config)
     return model.with_layer(index, replace(layer, value_dim=keep))
 
 
@@ -211,7 +204,7 @@ def _prune_mlp(model: Model, index: int, keep: int, road: _Road) -> Model:
     kept = strongest(_scores(model, sites.down, gram, road.config), keep)
     road.narrow(sites.down, kept)
     for site in (sites.up,) if sites.gate is None else (sites.gate, sites.up):
-        model = _with_rows(model, site, kept)
+        model = with_rows(model, site, kept, _values(model, site))
     model = _with_columns(model, sites.down, kept, gram, cross, road.config)
     return model.with_layer(index, replace(layer, mlp=keep))
 
@@ -222,13 +215,6 @@ def _scores(model: Model, site: str, gram: Tensor | None, config: FaspConfig) ->
         seed = int.from_bytes(hashlib.sha256(f"{config.seed} {site}".encode()).digest()[:8], "big") >> 1
         return torch.rand(values.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return column_scores(values, gram if config.scores == "wanda" else None)
-
-
-def _with_rows(model: Model, site: str, rows: Tensor) -> Model:
-    """The model with only some rows of a matrix, and of its bias."""
-    name = f"{site}.bias"
-    biases = {name: model.tensors[name][rows]} if name in model.tensors else {}
-    return model.with_weights({site: Dense(_values(model, site)[rows])}).with_tensors(biases)
 
 
 def _with_columns(
@@ -272,7 +258,4 @@ def _without(model: Model, name: str) -> Model:
 
 
 def _values(model: Model, site: str) -> Tensor:
-    weight = model.weights[site]
-    if not isinstance(weight, Dense):
-        raise RecipeError(f"{site} is {describe(weight)}; fasp prunes plain matrices: put it before other steps")
-    return weight.values
+    return plain(site, model.weights[site], "fasp prunes plain matrices: put it before other steps")

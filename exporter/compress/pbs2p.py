@@ -15,14 +15,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from exporter.calibrate import Calibration, Samples, block_influence
-from exporter.compress.step import Journal, StepConfig, layer_sites
+from exporter.compress.step import Journal, StepConfig, layer_sites, plain
 from exporter.compress.walk import walk
 from exporter.errors import RecipeError, WeightError
 from exporter.maths.binary import Form, Metric, Plan, Salience, binarize
 from exporter.maths.pruning import kept_per_layer
 from exporter.model import Model
 from exporter.selectors import select
-from exporter.weights import Dense, LowBit, Sparse, Sum, Weight, describe
+from exporter.weights import LowBit, Sparse, Sum, Weight
 
 
 class Pbs2pConfig(StepConfig):
@@ -172,8 +172,7 @@ def _binarized(model: Model, site: str, gram: Tensor, plan: Plan) -> Weight:
 
 
 def _check(site: str, weight: Weight, config: Pbs2pConfig) -> None:
-    if not isinstance(weight, Dense):
-        raise RecipeError(f"{site} is {describe(weight)}; pbs2p binarizes plain matrices: name the site in ignore")
+    plain(site, weight, "pbs2p binarizes plain matrices: name the site in ignore")
     width, is_grouped = weight.shape[1], config.bounds[0] < config.m or config.salient > 0
     if is_grouped and width % config.m:
         fitting = ", ".join(str(size) for size in range(2, 17) if width % size == 0)

@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporter.calibrate import Samples, check_windows
-from exporter.compress.step import Journal, StepConfig, layer_sites
+from exporter.compress.step import Journal, StepConfig, layer_sites, plain
 from exporter.errors import BackendMissingError, RecipeError
 from exporter.gradients import loss, mean_loss
 from exporter.model import Model
 from exporter.ops import Leaf
 from exporter.torch_ops import TorchOps
-from exporter.weights import Dense, describe, to_meta
+from exporter.weights import Dense, to_meta
 
 WARM_UP = 0.1  # of the steps
 LARGEST_NORM = 1.0  # of a step's gradient
@@ -253,7 +253,4 @@ def _linear(values: Tensor) -> nn.Linear:
 
 
 def _values(model: Model, site: str) -> Tensor:
-    weight = model.weights[site]
-    if not isinstance(weight, Dense):
-        raise RecipeError(f"{site} is {describe(weight)}; lora trains plain matrices: put it before other steps")
-    return weight.values
+    return plain(site, model.weights[site], "lora trains plain matrices: put it before other steps")

@@ -13,8 +13,9 @@ from torch import Tensor
 from exporter import adapters
 from exporter.adapters import generic
 from exporter.calibrate import Samples
+from exporter.errors import RecipeError
 from exporter.model import Model
-from exporter.weights import Dense
+from exporter.weights import Dense, Weight, describe
 
 
 class StepConfig(BaseModel):
@@ -108,6 +109,29 @@ def matrices(model: Model, layer: int) -> tuple[str, ...]:
     """The same where all matrices are alike to a method: also of the one layer that only transformers knows."""
     is_known = model.architecture.config is None
     return layer_sites(model, layer) if is_known else generic.sites(model.architecture)
+
+
+def plain(site: str, weight: Weight, advice: str) -> Tensor:
+    """The values of a matrix that no step has made another tree of, [out, in].
+
+    Args:
+        site: Its name, for the message.
+        weight: What it is.
+        advice: What the method takes, and what to do.
+
+    Raises:
+        RecipeError: it is another tree.
+    """
+    if not isinstance(weight, Dense):
+        raise RecipeError(f"{site} is {describe(weight)}; {advice}")
+    return weight.values
+
+
+def with_rows(model: Model, site: str, rows: Tensor, values: Tensor) -> Model:
+    """The model with only some rows of a matrix, whose values these are, and of its bias."""
+    name = f"{site}.bias"
+    biases = {name: model.tensors[name][rows]} if name in model.tensors else {}
+    return model.with_weights({site: Dense(values[rows])}).with_tensors(biases)
 
 
 def token_tables(model: Model) -> list[str]:

@@ -21,7 +21,7 @@ from torch.nn.functional import one_hot
 
 from exporter import adapters
 from exporter.calibrate import Calibration, Samples
-from exporter.compress.step import Journal, StepConfig, matrices
+from exporter.compress.step import Journal, StepConfig, matrices, plain
 from exporter.compress.trees import placeholder_of
 from exporter.compress.walk import walk
 from exporter.errors import RecipeError, WeightError
@@ -30,7 +30,7 @@ from exporter.maths.lowrank import truncated
 from exporter.maths.rounding import Grid, quantize_rows
 from exporter.model import Model
 from exporter.selectors import select
-from exporter.weights import Dense, LowBit, Product, Shared, Sum, Weight, describe
+from exporter.weights import Dense, LowBit, Product, Shared, Sum, Weight
 
 VALUE_BITS = 16  # of a number that is not rounded to fewer
 
@@ -267,9 +267,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _values(site: str, weight: Weight) -> Tensor:
-    if not isinstance(weight, Dense):
-        raise RecipeError(f"swsc: {site} is {describe(weight)}; it takes plain matrices: put it before other steps")
-    return weight.values
+    return plain(f"swsc: {site}", weight, "it takes plain matrices: put it before other steps")
 
 
 def _floor(amount: float) -> int:

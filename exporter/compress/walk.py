@@ -24,10 +24,9 @@ def walk(model: Model, samples: Samples | None, block: Block, journal: Journal) 
     model, done, activations = journal.resume(model)
     count = len(model.architecture.layers)
     resumed = (done, activations) if done else None
-    calibrated = samples is not None and done < count
-    calibration = (
-        Calibration(model, samples, device=journal.device, resumed=resumed) if calibrated and samples else None
-    )
+    calibration = None
+    if samples is not None and done < count:
+        calibration = Calibration(model, samples, device=journal.device, resumed=resumed)
     for layer in range(done, count):
         after = block(model, layer, calibration)
         if calibration is not None and layer + 1 < count:  # behind the last one stands nothing

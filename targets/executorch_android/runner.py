@@ -13,7 +13,7 @@ from executorch.runtime import Runtime
 from torch import Tensor
 
 from exporter.errors import ArtifactError, TargetError
-from exporter.session import require_room, require_whole_text
+from exporter.session import require_known, require_room, require_whole_text
 from targets.executorch_android.package import FILE
 
 
@@ -110,8 +110,7 @@ class WholeTextSession:
         if not self.causal:
             require_whole_text(not self._text, len(tokens), self.context)
         require_room(len(self._text) + len(tokens), self.context)
-        if strange := [token for token in tokens if not 0 <= token < self._vocab]:
-            raise TargetError(f"token {strange[0]} is not in the vocabulary; its tokens are 0 to {self._vocab - 1}")
+        require_known(tokens, self._vocab)
         self._text += tokens
         return self._program.call(torch.tensor([self._text]))[-len(tokens) :]
 

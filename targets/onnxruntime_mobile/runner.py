@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exporter.errors import ArtifactError, TargetError
-from exporter.session import require_whole_text
+from exporter.session import require_known, require_whole_text
 from targets.onnxruntime_mobile.constants import MODEL
 from targets.onnxruntime_mobile.ops import HIDDEN
 from targets.onnxruntime_mobile.readback import read_model
@@ -119,9 +119,7 @@ class OnnxEncoder:
 def _require_tokens(tokens: Sequence[int], vocab: int) -> None:
     if not tokens:
         raise TargetError("a step takes at least one token")
-    strange = [token for token in tokens if not 0 <= token < vocab]
-    if strange:
-        raise TargetError(f"token {strange[0]} is not in the vocabulary; its tokens are 0 to {vocab - 1}")
+    require_known(tokens, vocab)
 
 
 def _run(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:

@@ -34,7 +34,7 @@ from exporter.tokenizer import Tokenizer
 from exporter.torch_ops import TorchOps, heads_first
 from exporter.weights import Dense, LowBit, Product, Weight, describe, nodes
 from tests.checkpoints import only_transformers_knows
-from tests.models import LLAMA, OPT, low_bit, random_model
+from tests.models import LLAMA, OPT, low_bit, random_model, random_unequal
 
 TWO = replace(LLAMA, layers=(Layer(4, 2, 16, 16, 96), Layer(4, 2, 16, 8, 60)))  # grouped queries, unequal widths
 OPT_TWO = replace(OPT, layers=(Layer(4, 4, 16, 16, 96), Layer(4, 4, 16, 8, 60)))
@@ -412,8 +412,7 @@ def test_a_prediction_has_the_trees_of_the_result(
     inputs: str,
     levels: tuple[int, ...],
 ) -> None:
-    layers = tuple(Layer(kv * (n if family == "llama" else 1), kv, dim, value, mlp) for kv, n, dim, value, mlp in drawn)
-    model = random_model(replace(LLAMA if family == "llama" else OPT, hidden=24, layers=layers))
+    model = random_unequal(drawn, family, hidden=24)
     fields = {"keep": keep, "group": group, "symmetric": symmetric, "algorithm": algorithm, "inputs": inputs}
     config = replace_config(CaspConfig(bits=bits), embedding_bits=4, levels=levels, **fields)
     try:
@@ -432,7 +431,7 @@ def test_a_prediction_has_the_trees_of_the_result(
             if isinstance(ours, LowBit) and isinstance(theirs, LowBit):
                 assert (ours.scales.shape, ours.zeros.shape) == (theirs.scales.shape, theirs.zeros.shape)
                 assert ours.group == theirs.group
-    if len(set(layers)) == 1 and len(levels) <= 2:
+    if len(set(model.architecture.layers)) == 1 and len(levels) <= 2:
         assert sorted(widths(small)) == sorted(widths(promised))
     assert promised.provenance.steps[-1] == config.model_dump(mode="json")
 

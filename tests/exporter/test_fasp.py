@@ -23,7 +23,7 @@ from exporter.model import Architecture, Layer, Model, Provenance
 from exporter.session import TorchSession
 from exporter.tokenizer import Tokenizer
 from exporter.weights import Dense, Weight
-from tests.models import LLAMA, OPT, low_bit, random_model
+from tests.models import LLAMA, OPT, assert_same_shapes, low_bit, random_model, random_unequal
 
 TWO = replace(LLAMA, layers=(Layer(4, 2, 16, 16, 96), Layer(4, 2, 16, 16, 60)))
 OPT_TWO = replace(OPT, layers=(Layer(4, 4, 16, 16, 96), Layer(4, 4, 16, 16, 60)))
@@ -257,10 +257,7 @@ def test_a_prediction_has_the_shapes_of_the_result(
     multiple: int,
     restore: bool,
 ) -> None:
-    layers = tuple(Layer(kv * (group if family == "llama" else 1), kv, dim, value, mlp)
-                   for kv, group, dim, value, mlp in widths)  # fmt: skip
-    base = LLAMA if family == "llama" else OPT
-    model = random_model(replace(base, hidden=24, layers=layers), optional=biases)
+    model = random_unequal(widths, family, hidden=24, optional=biases)
     config = FaspConfig(sparsity=sparsity, multiple=multiple, restore=restore)
     try:
         promised = predict(model, config)
@@ -269,9 +266,7 @@ def test_a_prediction_has_the_shapes_of_the_result(
         return
     small = pruned(model, config, text(2, 16))
 
-    assert promised.architecture == small.architecture
-    assert {s: w.shape for s, w in promised.weights.items()} == {s: w.shape for s, w in small.weights.items()}
-    assert {n: t.shape for n, t in promised.tensors.items()} == {n: t.shape for n, t in small.tensors.items()}
+    assert_same_shapes(promised, small)
     assert promised.provenance == small.provenance
     assert {s: shape for s, shape in adapters.find(family).shapes(small.architecture).weights.items()} == {
         s: w.shape for s, w in small.weights.items()

@@ -96,27 +96,22 @@ def test_finished_layers_lie_in_their_files(tmp_path: Path) -> None:
     assert isinstance(as_held(weight), Packed)
 
 
-def test_a_file_that_was_changed_is_not_taken_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("00000.safetensors", "layer 0 cannot be taken up: its file is not the one that was written"),
+        ("activations-00001.safetensors", "layer 1 cannot be taken up: its activations are not those"),
+    ],
+)
+def test_a_file_that_was_changed_is_not_taken_up(tmp_path: Path, name: str, message: str) -> None:
     model = random_model(replace(LLAMA, layers=THREE))
     with pytest.raises(KilledError):
         compress.run(model, STEPS["fasp"], SAMPLES, Dying(tmp_path, 1, kept=True))
-    content = bytearray((tmp_path / "00000.safetensors").read_bytes())
+    content = bytearray((tmp_path / name).read_bytes())
     content[-1] ^= 1
-    (tmp_path / "00000.safetensors").write_bytes(content)
+    (tmp_path / name).write_bytes(content)
 
-    with pytest.raises(CheckpointError, match="layer 0 cannot be taken up: its file is not the one that was written"):
-        journal(tmp_path).resume(model)
-
-
-def test_activations_that_were_changed_are_not_taken_up(tmp_path: Path) -> None:
-    model = random_model(replace(LLAMA, layers=THREE))
-    with pytest.raises(KilledError):
-        compress.run(model, STEPS["fasp"], SAMPLES, Dying(tmp_path, 1, kept=True))
-    content = bytearray((tmp_path / "activations-00001.safetensors").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "activations-00001.safetensors").write_bytes(content)
-
-    with pytest.raises(CheckpointError, match="layer 1 cannot be taken up: its activations are not those"):
+    with pytest.raises(CheckpointError, match=message):
         journal(tmp_path).resume(model)
 
 
