@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from exporter.errors import ArtifactError
+from exporter.errors import ArtifactError, FileChangedError
 
 NAME = "artifact.json"
 LARGEST_MANIFEST = 256 * 2**20  # bytes; a manifest is read whole
@@ -244,10 +244,10 @@ def compare_files(folder: Path, expected: Mapping[str, File], manifest: str) -> 
 def _compare_file(path: Path, name: str, expected: File) -> None:
     size = path.stat().st_size
     if size != expected.bytes:  # before anything is read
-        raise ArtifactError(f"{name!r} was changed: it has {size} bytes, not {expected.bytes}")
+        raise FileChangedError(f"{name!r} was changed: it has {size} bytes, not {expected.bytes}")
     found = describe_file(path).sha256
     if found != expected.sha256:
-        raise ArtifactError(f"{name!r} was changed: its sha256 is {found}, not {expected.sha256}")
+        raise FileChangedError(f"{name!r} was changed: its sha256 is {found}, not {expected.sha256}")
 
 
 def files_under(folder: Path) -> Iterator[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exporter import artifact as artifacts
 from exporter import encoders, evaluate
 from exporter.artifact import Artifact, Budget, Golden, Record, Summary
 from exporter.encoders import EncoderComparison
+from exporter.errors import FileChangedError
 from exporter.evaluate import Comparison
 from exporter.model import Model
 from exporter.plugins import Plan, Target
@@ -33,7 +34,10 @@ class Found(Record):
 
 
 class Outcome(Record):
-    """What a check found in one artifact: its files read back, and its numbers where its runtime is here."""
+    """What a check found in one artifact: its files read back, and its numbers where it runs here.
+
+    `stand_in` says in what it ran, where that is not the target's own runtime.
+    """
 
     target: str
     file_bytes: int
@@ -44,6 +48,7 @@ class Outcome(Record):
     notes: list[str]
     findings: list[Found]
     comparison: Comparison | EncoderComparison | None
+    stand_in: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -90,18 +95,19 @@ def describe(model: Model, target: Target, plan: Plan, requires: Mapping[str, st
     )
 
 
-def check(folder: Path, made: Artifact, model: Model, target: Target) -> Outcome:
-    """Read an artifact's files back and, where its runtime is here, run it against the model.
+def check(folder: Path, made: Artifact, model: Model, target: Target, known: Sequence[Found] = ()) -> Outcome:
+    """Read an artifact's files back and, where it runs here, run it against the model.
 
     Args:
         folder: The artifact.
         made: Its artifact.json.
         model: The compressed model that it was lowered from.
         target: Its target.
+        known: What was found before.
     """
     plan = target.plan(model, made.model.context)
     findings = [Found(what=f.what, ok=f.ok, detail=f.detail) for f in target.inspect(folder, model, plan)]
-    findings.append(_manifest(made, model, target, plan))
+    findings += [_manifest(made, model, target, plan), *known]
     runs = target.runs_here and all(found.ok for found in findings)  # what is known to be wrong is not run
     return Outcome(
         target=made.target,
@@ -113,7 +119,23 @@ def check(folder: Path, made: Artifact, model: Model, target: Target) -> Outcome
         notes=made.notes,
         findings=findings,
         comparison=_compare(folder, made, model, target) if runs else None,
+        stand_in=target.stand_in,
     )
+
+
+def digests(folder: Path, made: Artifact, target: Target) -> Found:
+    """Whether the files are those that artifact.json names; only a stand-in is given others, to tell what is wrong.
+
+    Raises:
+        ArtifactError: a file was added or is missing, or is a link; or was changed, and the target has no stand-in.
+    """
+    try:
+        artifacts.verify_files(folder, made)
+    except FileChangedError as error:
+        if target.stand_in is None:
+            raise
+        return Found(what="files", ok=False, detail=str(error))
+    return Found(what="files", ok=True, detail=f"{len(made.files)}, each with the digest of {artifacts.NAME}")
 
 
 def _golden(model: Model, context: int, budget: Budget) -> Golden:

@@ -7,6 +7,7 @@ PocketError                 exit code 2: what was given, what is allowed, what t
 ├── RecipeError             a recipe asks for something that does not exist or does not fit the model
 ├── TargetError             a target cannot take this model
 ├── ArtifactError           an artifact or bundle is not what its manifest says
+│   └── FileChangedError    one of its files has other bytes
 ├── OutputError             the output folder cannot be used
 ├── PhoneError              a phone cannot be used, or lost a run
 ├── CheckFailedError        exit code 3: the artifact's numbers are not its model's
@@ -42,6 +43,10 @@ class TargetError(PocketError):
 
 class ArtifactError(PocketError):
     """An artifact or bundle that is not what its manifest says."""
+
+
+class FileChangedError(ArtifactError):
+    """A file of an artifact or bundle whose bytes are not those that its manifest names."""
 
 
 class OutputError(PocketError):

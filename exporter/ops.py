@@ -10,9 +10,10 @@ exporting implementation see the same names. Activations are [batch, tokens, cha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Generic, TypeVar, assert_never
+from typing import Any, Generic, TypeVar, assert_never
 
 from torch import Tensor
 
@@ -23,6 +24,10 @@ from exporter.weights import Dense, LowBit, Product, Shared, Sparse, Sum, Weight
 T = TypeVar("T")
 
 Leaf = Dense | LowBit | Sparse
+HEARD = (
+    "embedding", "position_embedding", "linear", "rms_norm", "layer_norm", "activation", "add", "mul",
+    "cached_attention",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,36 @@ class Ops(ABC, Generic[T]):
             return self.linear(self.activation(up, activation), sites.down)
         gate = self.activation(self.linear(x, sites.gate), activation)
         return self.linear(self.mul(gate, up), sites.down)
+
+
+def listen(ops: Ops[T], heard: Callable[[str, T], None]) -> None:
+    """Have every value told that a model's verbs give, with the verb and its site: `linear model.layers.0.mlp.up_proj`.
+
+    A model says the same verbs in the same order to every implementation, so the n-th value of one is that of another.
+    What a verb says in turn, to compute its value, is an implementation's own affair, and not told.
+
+    Args:
+        ops: From now on it is listened to.
+        heard: Called with each verb and its value.
+    """
+    depth = 0
+
+    def told(verb: str) -> Callable[..., T]:
+        say = getattr(ops, verb)
+
+        def saying(*args: Any, **options: Any) -> T:
+            nonlocal depth
+            depth += 1
+            value: T = say(*args, **options)
+            depth -= 1
+            if depth == 0:
+                heard(" ".join((verb, *(arg for arg in args if isinstance(arg, str)))), value)
+            return value
+
+        return saying
+
+    for verb in HEARD:
+        setattr(ops, verb, told(verb))
 
 
 def _no_pictures(ops: Ops[T]) -> TargetError:

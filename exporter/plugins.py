@@ -84,13 +84,17 @@ class Target(Protocol):
         name: As users type it, e.g. `coreml-ios`.
         extra: The pip extra that brings its back end.
         modules: Import packages of its back end.
-        runs_here: Whether its runtime exists on this machine, so that `session` works.
+        runs_here: Whether `session` works on this machine.
+        stand_in: What `session` runs where that is not the target's own runtime, in words for whoever reads its
+            results; None: it is the runtime itself. What a stand-in takes in time or memory says nothing of a phone. It
+            takes files that are known to be damaged: it is how a check tells what is wrong with them.
     """
 
     name: str
     extra: str
     modules: tuple[str, ...]
     runs_here: bool
+    stand_in: str | None
 
     def plan(self, model: Model, context: int) -> Plan:
         """Decide, site by site, what is stored; raises TargetError for what cannot be taken at all."""
@@ -109,7 +113,7 @@ class Target(Protocol):
         """Read the written files back: parts bit for bit, interface as stated; run them exactly where that can be."""
 
     def session(self, folder: Path, threads: int = 1) -> Session:
-        """Run a folder in the target's own runtime; raises TargetError where `runs_here` is False."""
+        """Run a folder in the target's own runtime, or in its stand-in; raises TargetError where neither is here."""
 
 
 @dataclass(frozen=True)

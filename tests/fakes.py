@@ -32,8 +32,8 @@ class FakeTarget:
     extra = "fake"
     modules = ("torch",)
 
-    def __init__(self, name: str = "fake", runs_here: bool = True) -> None:
-        self.name, self.runs_here = name, runs_here
+    def __init__(self, name: str = "fake", runs_here: bool = True, stand_in: str | None = None) -> None:
+        self.name, self.runs_here, self.stand_in = name, runs_here, stand_in
 
     def plan(self, model: Model, context: int) -> Plan:
         decisions = tuple(_decision(site, weight) for site, weight in model.weights.items())
@@ -59,6 +59,7 @@ class FakeTarget:
 
 TARGET = FakeTarget()
 ELSEWHERE = FakeTarget("elsewhere", runs_here=False)
+STOOD_IN = FakeTarget("stood-in", stand_in="torch, not the fake's own runtime")
 
 
 class _CrashingTarget(FakeTarget):
@@ -91,7 +92,8 @@ def install(folder: Path) -> None:
     info = folder / "fake_targets-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-targets\nVersion: 1\n")
-    names = {"fake": "TARGET", "elsewhere": "ELSEWHERE"} | {n: n.upper() for n in ("dies", "hangs", "raises", "chats")}
+    names = {"fake": "TARGET", "elsewhere": "ELSEWHERE", "stood-in": "STOOD_IN"}
+    names |= {n: n.upper() for n in ("dies", "hangs", "raises", "chats")}
     lines = [f"{name} = tests.fakes:{thing}" for name, thing in names.items()]
     (info / "entry_points.txt").write_text("\n".join(["[pocket.targets]", *lines, ""]))
 

@@ -84,6 +84,8 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     columns = ("target", "bytes", "bits/weight", "max abs", "rel L2", "greedy", "native", "check")
     print_table("Artifacts against the compressed model", columns, [_row(outcome) for outcome in outcomes])
     for outcome in outcomes:
+        if outcome.stand_in is not None:
+            print_line(f"{outcome.target}: {words_of_stand_in(outcome.stand_in)}")
         for reason in outcome.folded:
             print_line(f"{outcome.target}: folded: {reason}")
         for note in outcome.notes:
@@ -108,7 +110,7 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
     greedy = f"{compared.greedy_agreement}/{compared.new_tokens}" if isinstance(compared, Comparison) else "-"
     errors = ("-", "-") if compared is None else (f"{compared.max_abs:.1e}", f"{compared.relative_l2:.1e}")
     sizes = f"{outcome.file_bytes:,}", f"{outcome.bits_per_weight:.2f}"
-    kind = "constants and interface" if compared is None else "run"
+    kind = "files" if compared is None else "run" if outcome.stand_in is None else "stand-in run"
     verdict = f"{kind}: {'ok' if outcome.ok else 'FAILED'}"
     native = f"{outcome.native}/{outcome.sites}"
     return (outcome.target, *sizes, *errors, greedy, native, verdict)
@@ -117,6 +119,11 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
 def _recipe(path: Path | None, calibration: Path | None) -> Recipe:
     recipe = Recipe() if path is None else recipes.load(path)
     return recipe if calibration is None else recipes.with_text(recipe, calibration)
+
+
+def words_of_stand_in(stand_in: str) -> str:
+    """What to say of numbers that are not of the target's own runtime."""
+    return f"run in a stand-in: {stand_in}"
 
 
 def note_generic(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch import Tensor
 from exporter import artifact as artifacts
 from exporter import calibrate, checking, encoders, pipeline, plugins
 from exporter import evaluate as evaluation
-from exporter.cli.export import note_generic, print_outcomes, refuse_failed
-from exporter.cli.screen import print_json, print_line, watch
+from exporter.cli.export import note_generic, print_outcomes, refuse_failed, words_of_stand_in
+from exporter.cli.screen import print_json, print_line, print_note, watch
 from exporter.errors import ArtifactError, PocketError
 from exporter.model import Model
 from exporter.plugins import Session
@@ -28,11 +29,11 @@ def check(folder: Path, model_folder: Path | None, as_json: bool) -> None:
         CheckFailedError: its numbers are not its model's.
     """
     made = artifacts.load(folder)
-    artifacts.verify_files(folder, made)
-    model = _model_of(folder, made, model_folder)
     target = plugins.target(made.target)
+    digests = checking.digests(folder, made, target)
+    model = _model_of(folder, made, model_folder)
     with watch([f"check {made.target}"]) as shown, shown.stage(f"check {made.target}"):
-        outcome = checking.check(folder, made, model, target)
+        outcome = checking.check(folder, made, model, target, [digests])
     if as_json:
         print_json(outcome.model_dump(mode="json"))
     else:
@@ -44,15 +45,16 @@ def check(folder: Path, model_folder: Path | None, as_json: bool) -> None:
 
 def run(name: str, prompt: str, new_tokens: int, as_json: bool) -> None:
     """Print the greedy text of an artifact or a model; of an encoder, the embedding of the prompt."""
-    session, tokenizer, eos = _open(name)
+    opened = _open(name)
+    session, tokenizer = opened.session, opened.tokenizer
     asked = tokenizer.encode(prompt)
     if not session.causal:
-        _print_embedding(session, [*asked, *eos[:1]], as_json)
+        _print_embedding(opened, [*asked, *opened.eos[:1]], as_json)
         return
-    tokens = list(greedy(session, asked, new_tokens, eos))
+    tokens = list(greedy(session, asked, new_tokens, opened.eos))
     text = tokenizer.decode([*asked, *tokens])
     if as_json:
-        print_json({"prompt": asked, "tokens": tokens, "text": text})
+        print_json({"prompt": asked, "tokens": tokens, "text": text, **opened.facts})
     else:
         print_line(text)
 
@@ -65,7 +67,8 @@ def evaluate(
     Raises:
         PocketError: an encoder without a reference, or a reference of another kind, tokenizer or context.
     """
-    session, tokenizer, eos = _open(name)
+    opened = _open(name)
+    session, tokenizer, eos = opened.session, opened.tokenizer, opened.eos
     right = None if reference is None else _reference(reference, session, tokenizer)
     if not session.causal and right is None:
         raise PocketError(f"{name} is an encoder, which has no perplexity; give what to compare it with by --reference")
@@ -76,7 +79,7 @@ def evaluate(
         drawn[:, -1] = eos[0]  # an encoder's texts end in [SEP]
     found, lines = _measured(session, right, drawn)
     if as_json:
-        print_json({**found, "windows": windows, "length": drawn.shape[1], "seed": seed})
+        print_json({**found, "windows": windows, "length": drawn.shape[1], "seed": seed, **opened.facts})
     else:
         for line in lines:
             print_line(f"{line} ({drawn.numel():,} tokens, {windows} windows of {drawn.shape[1]}, seed {seed})")
@@ -101,7 +104,8 @@ def _measured(session: Session, right: Session | None, drawn: Tensor) -> tuple[d
 
 def _reference(name: str, session: Session, tokenizer: Tokenizer) -> Session:
     """The session of a reference, refused where it is not of the candidate's kind."""
-    right, own, _ = _open(name)
+    opened = _open(name)
+    right, own = opened.session, opened.tokenizer
     if right.causal != session.causal:
         raise PocketError(f"{name} and its candidate are not both encoders, or both decoders")
     if own.bos != tokenizer.bos or own.encode_plain(SAMPLE) != tokenizer.encode_plain(SAMPLE):
@@ -109,30 +113,49 @@ def _reference(name: str, session: Session, tokenizer: Tokenizer) -> Session:
     return right
 
 
-def _print_embedding(session: Session, tokens: list[int], as_json: bool) -> None:
-    session.reset()
-    hidden = session.step(tokens)
+def _print_embedding(opened: _Opened, tokens: list[int], as_json: bool) -> None:
+    opened.session.reset()
+    hidden = opened.session.step(tokens)
     vector = encoders.embedding(hidden)
     if as_json:
-        print_json({"prompt": tokens, "embedding": vector.tolist()})
+        print_json({"prompt": tokens, "embedding": vector.tolist(), **opened.facts})
         return
     first = ", ".join(f"{value:.4f}" for value in vector[:8].tolist())
     print_line(f"an encoder: {len(tokens)} tokens, {hidden.shape[1]} channels")
     print_line(f"embedding (mean of hidden states, of length {float(hidden.mean(0).norm()):.4f}, made 1): {first}, ...")
 
 
-def _open(name: str) -> tuple[Session, Tokenizer, tuple[int, ...]]:
-    """A session of an artifact in its own runtime, or of a model in torch, with its tokenizer and ending tokens."""
+@dataclass(frozen=True)
+class _Opened:
+    """A session of an artifact or a model, its tokenizer, its ending tokens, and what stands in for its runtime."""
+
+    session: Session
+    tokenizer: Tokenizer
+    eos: tuple[int, ...]
+    stand_in: str | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What machines are told of the runtime: nothing, unless another stands in for it."""
+        return {} if self.stand_in is None else {"stand_in": self.stand_in}
+
+
+def _open(name: str) -> _Opened:
+    """An artifact in its own runtime, or in what stands in for it, which is said; or a model in torch."""
     folder = Path(name)
     if (folder / artifacts.NAME).is_file():
         made = artifacts.load(folder)
         artifacts.verify_files(folder, made)
-        session = plugins.target(made.target).session(folder)
+        target = plugins.target(made.target)
+        session = target.session(folder)
+        if target.stand_in is not None:
+            print_note(f"{made.target} is {words_of_stand_in(target.stand_in)}")
         files = {path.name: path.read_bytes() for path in folder.glob("tokenizer*.json")}
-        return session, Tokenizer(files, made.model.bos, made.model.vocab), tuple(made.model.eos)
+        tokenizer = Tokenizer(files, made.model.bos, made.model.vocab)
+        return _Opened(session, tokenizer, tuple(made.model.eos), target.stand_in)
     note_generic(name)
     model = pipeline.load(name)
-    return TorchSession(model), pipeline.tokenizer_of(model), model.architecture.eos
+    return _Opened(TorchSession(model), pipeline.tokenizer_of(model), model.architecture.eos)
 
 
 def _model_of(folder: Path, made: artifacts.Artifact, given: Path | None) -> Model:

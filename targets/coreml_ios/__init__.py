@@ -1,7 +1,7 @@
 """Core ML: an iOS 18 ML program, a decoder's with its keys and values as states, written with the MIL builder.
 
-There is no Core ML on this machine, so nothing is run: the constants are read back bit for bit and the interface is
-compared. coremltools takes seconds to import; it is imported by the methods that need it.
+There is no Core ML on Linux: programs run in a reference executor (`executor/`), and what is said of them says so.
+coremltools takes seconds to import; it is imported by the methods that need it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exporter.artifact import Budget
-from exporter.errors import TargetError
 from exporter.model import Model
 from exporter.plugins import Finding, Plan, Session
 from targets.coreml_ios import planning
@@ -22,7 +21,8 @@ class CoreMLTarget:
     name = "coreml-ios"
     extra = "coreml"
     modules = ("coremltools",)
-    runs_here = False
+    runs_here = True
+    stand_in = "reference executor on Linux, not Apple's runtime"
 
     def plan(self, model: Model, context: int) -> Plan:
         return planning.plan(model, context)
@@ -34,18 +34,18 @@ class CoreMLTarget:
         return planning.requires(plan.weights)
 
     def budget(self, model: Model, plan: Plan) -> Budget:
-        return planning.budget(model)
+        return planning.budget(model, plan)
 
     def inspect(self, folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
-        from targets.coreml_ios import inspection
+        from targets.coreml_ios import inspection, proof
 
-        return inspection.inspect(folder, model, plan)
+        found = inspection.inspect(folder, model, plan)  # first: it refuses a folder that is no package
+        return [*proof.prove(folder, model, plan), *found]
 
     def session(self, folder: Path, threads: int = 1) -> Session:
-        raise TargetError(
-            f"Core ML programs cannot run on this machine, so {folder} has no session; "
-            "its constants and interface are checked instead (`pocket check`)"
-        )
+        from targets.coreml_ios import runner
+
+        return runner.open_session(folder, threads)
 
 
 TARGET = CoreMLTarget()

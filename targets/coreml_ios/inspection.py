@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,8 @@ from exporter.weights import LowBit, Sparse
 from targets.coreml_ios.constants import Array, Constant, Stored
 from targets.coreml_ios.encoding import Form, form, labels, leaves, padded_width
 from targets.coreml_ios.ops import ZEROS, rope_tables, state_shapes
-from targets.coreml_ios.package import HIDDEN, LOGITS, NAME, write
-from targets.coreml_ios.reader import Interface, Package, block_of
+from targets.coreml_ios.package import HIDDEN, LOGITS, NAME
+from targets.coreml_ios.reader import Interface, Package
 
 ROLES = {  # parameter of a constexpr operation -> what it is of a leaf
     "val": "codes", "data": "codes", "nonzero_data": "codes", "indices": "codes", "indices_nonzero_data": "codes",
@@ -31,7 +30,7 @@ Problems = Iterator[str]
 
 
 def inspect(folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
-    """One finding for the interface, every leaf, every norm and bias, the size; where these are right, the operations.
+    """One finding for the interface, every leaf, every norm and bias, and the size.
 
     Raises:
         ArtifactError: there is no package, or its files cannot be read at all.
@@ -46,27 +45,7 @@ def inspect(folder: Path, model: Model, plan: Plan) -> Sequence[Finding]:
     for name, tensor in _tensors(package, model, plan).items():
         compare, shape = partial(_vector, tensor=tensor), tuple(tensor.shape)
         found.append(_left_out(package, name, tensor) or _constant(package, name, compare, shape, "float16 values"))
-    found.append(_size(package, plan))
-    is_as_written = all(finding.ok for finding in found)
-    return [*found, _operations(package, model, plan)] if is_as_written else found
-
-
-def _operations(package: Package, model: Model, plan: Plan) -> Finding:
-    """Every operation with its attributes and inputs, against the program that is written for the model now.
-
-    Nothing here can run a program, so this is what tells a silu from a relu, or two matrices that changed places.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        package_now = Path(place) / NAME
-        write(model, plan, package_now)
-        wanted = Package(package_now).specification
-    what, said = "operations", package.specification
-    if said.SerializeToString(deterministic=True) == wanted.SerializeToString(deterministic=True):
-        return Finding(what, True, f"{len(package.block.operations)}, each as the model says")
-    now = block_of(wanted).operations
-    apart = (f"{a.type} {a.outputs[0].name}, not {b.type} {b.outputs[0].name}"
-             for a, b in zip(package.block.operations, now) if a != b)  # fmt: skip
-    return Finding(what, False, f"the first that differs: {next(apart, 'something beside the operations')}")
+    return [*found, _size(package, plan)]
 
 
 def _tensors(package: Package, model: Model, plan: Plan) -> dict[str, Tensor]:
@@ -135,7 +114,8 @@ def _leaf(constant: Constant, leaf: Leaf) -> Problems:
     """What differs between a constant and a leaf."""
     found, decoded = _collect(constant), constant.decode()
     kept = leaf.kept if isinstance(leaf, Sparse) else leaf
-    if ("mask" in found) != isinstance(leaf, Sparse) or decoded.ndim != 2:
+    mask, is_matrix = found.get("mask"), decoded.ndim == 2 and "codes" in found
+    if (mask is not None) != isinstance(leaf, Sparse) or not is_matrix or (mask and mask.shape != decoded.shape):
         yield f"a {constant.operation} of {decoded.shape} is no such matrix"
         return
     if isinstance(leaf, Sparse):
@@ -153,9 +133,9 @@ def _collect(constant: Constant, *, inside_table: bool = False) -> dict[str, Sto
     found: dict[str, Stored] = {}
     for parameter, value in constant.inputs.items():
         if isinstance(value, Stored):
-            role = ROLES[parameter]
+            role = ROLES.get(parameter, parameter)
             found["table" if inside_table and role == "codes" else role] = value
-        else:
+        elif isinstance(value, tuple):
             found |= _collect(value[0], inside_table=inside_table or parameter == "lut")
     return found
 

@@ -184,11 +184,18 @@ class CoreMLOps(Ops[Var]):
         return mb.add(x=x, y=self.tensor(name))
 
     def rms_norm(self, x: Var, site: str, heads: int = 1) -> Var:
+        """With m = max |x|: (x / m) / sqrt(mean((x / m)^2) + eps / m^2) * w, which no x that float16 holds overflows.
+
+        Without it a square overflows beyond |x| = 255, and loses its digits below 0.008.
+        """
         weight, channels = self.tensor(f"{site}.weight"), x.shape[-1]
+        root, least = stored_root(self.model.architecture.norm_eps)
         split = x if heads == 1 else mb.reshape(x=x, shape=[1, -1, heads, channels // heads])
-        mean = mb.reduce_mean(x=mb.mul(x=split, y=split), axes=[-1], keep_dims=True)
-        scale = mb.rsqrt(x=mean, epsilon=stored_epsilon(self.model.architecture.norm_eps))
-        normed = mb.mul(x=mb.mul(x=split, y=scale), y=weight)
+        m = mb.maximum(x=mb.reduce_max(x=mb.abs(x=split), axes=[-1], keep_dims=True), y=least)
+        scaled, added = mb.real_div(x=split, y=m), mb.real_div(x=root, y=m)
+        mean = mb.reduce_mean(x=mb.mul(x=scaled, y=scaled), axes=[-1], keep_dims=True)
+        scale = mb.rsqrt(x=mb.add(x=mean, y=mb.mul(x=added, y=added)), epsilon=np.float16(0))
+        normed = mb.mul(x=mb.mul(x=scaled, y=scale), y=weight)
         return normed if heads == 1 else mb.reshape(x=normed, shape=[1, -1, channels])
 
     def layer_norm(self, x: Var, site: str, eps: float | None = None) -> Var:
@@ -269,6 +276,15 @@ def rope_tables(rope: Rope, head_dim: int, context: int) -> dict[str, Tensor]:
 def stored_epsilon(eps: float) -> Any:
     """An epsilon in float16, where the least number over 0 stands for what would be 0: a row of zeros stays finite."""
     return max(np.float16(eps), np.float16(LEAST))
+
+
+def stored_root(eps: float) -> tuple[Any, Any]:
+    """The root of an epsilon in float16, and the least m that it is divided by: (root / m)^2 stays finite there.
+
+    m is no subnormal number, which a processor may take for 0.
+    """
+    root = np.float16(math.sqrt(max(eps, LEAST)))
+    return root, max(np.float16(2.0**-14), root / np.float16(128))
 
 
 def state_shapes(architecture: Architecture, context: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

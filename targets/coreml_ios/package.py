@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,31 @@ from exporter import adapters
 from exporter.artifact import sha256_of
 from exporter.errors import OutputError
 from exporter.model import Model
+from exporter.ops import listen
 from exporter.plugins import Plan
 from targets.coreml_ios.backend import ct, get_new_symbol, mb, quiet, types
 from targets.coreml_ios.ops import Cache, CoreMLOps, Past, state_shapes
 from targets.coreml_ios.reader import FOLDER, ROOT, SPECIFICATION, WEIGHTS
 
+Heard = Callable[[str, str], None]
 NAME = "model.mlpackage"
 LOGITS, HIDDEN = "logits", "lastHiddenState"
 
 
-def write(model: Model, plan: Plan, path: Path) -> None:
+def write(model: Model, plan: Plan, path: Path, heard: Heard = lambda verb, value: None) -> None:
     """Write `model`, with the trees of `plan`, as the package `path`, which must not exist.
+
+    Args:
+        model: The model.
+        plan: What is stored for it.
+        path: The folder `*.mlpackage`.
+        heard: Told the value of every verb, under its name; passes may lengthen it, or merge it with another.
 
     Raises:
         TargetError: a value does not fit float16.
         OutputError: the disk is full: constants pass through the temporary folder (TMPDIR) first.
     """
-    program = _program(model.with_weights(plan.weights), plan.context)
+    program = _program(model.with_weights(plan.weights), plan.context, heard)
     converted = _converted(program, plan.context, model.architecture.causal, path)
     specification = converted.get_spec()
     specification.description.metadata.Clear()  # the date of the conversion is in there
@@ -38,7 +47,7 @@ def write(model: Model, plan: Plan, path: Path) -> None:
     (path / "Manifest.json").write_text(_manifest(path))
 
 
-def _program(model: Model, context: int) -> Any:
+def _program(model: Model, context: int, heard: Heard) -> Any:
     adapter, architecture = adapters.find(model.architecture.family), model.architecture
     tokens, end = get_new_symbol(), get_new_symbol()
     keys, values = state_shapes(architecture, context)
@@ -48,12 +57,17 @@ def _program(model: Model, context: int) -> Any:
     ]  # fmt: skip
 
     def decoder(inputIds: Any, causalMask: Any, keyCache: Any, valueCache: Any) -> Any:  # noqa: N803 (Apple's names)
-        ops = CoreMLOps(model, inputIds, context, Past(causalMask, Cache(keyCache), Cache(valueCache)))
-        return mb.identity(x=adapters.logits(adapter, ops, inputIds), name=LOGITS)
+        return said(inputIds, LOGITS, Past(causalMask, Cache(keyCache), Cache(valueCache)))
 
     def encoder(inputIds: Any) -> Any:  # noqa: N803
-        return mb.identity(x=adapters.logits(adapter, CoreMLOps(model, inputIds, context), inputIds), name=HIDDEN)
+        return said(inputIds, HIDDEN)
 
+    def said(ids: Any, output: str, past: Past | None = None) -> Any:
+        ops = CoreMLOps(model, ids, context, past)
+        listen(ops, lambda verb, value: heard(verb, value.name))
+        return mb.identity(x=adapters.logits(adapter, ops, ids), name=output)
+
+    mb.name_count.clear()  # names would go on from what this process built before
     written = mb.program(input_specs=specs if architecture.causal else specs[:1], opset_version=ct.target.iOS18)
     return written(decoder if architecture.causal else encoder)
 

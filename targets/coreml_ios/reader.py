@@ -24,12 +24,14 @@ import numpy as np
 from exporter.artifact import checked_path
 from exporter.errors import ArtifactError
 from targets.coreml_ios.backend import DecodeError, proto
-from targets.coreml_ios.constants import BY_NUMBER, DECODERS, Array, Constant, Kind, Stored, takes, unpack
+from targets.coreml_ios.constants import BY_NUMBER, DECODERS, Array, Constant, Kind, Stored, packed_bytes, takes
 
 HEADER, RECORD, ALIGNMENT = struct.Struct("<II56x"), struct.Struct("<IIQQQ32x"), 64
 SENTINEL, VERSION = 0xDEADBEEF, 2
 LARGEST_PROGRAM = 2**30  # bytes of model.mlmodel: it is parsed whole
 LARGEST_MANIFEST = 2**20  # bytes
+LARGEST_SPLAT = 2**24  # values of a constant whose one value stands for all
+MOST_DIMENSIONS = 16
 DEEPEST = 4  # constants made of constants: a table that is scaled, indexed, spread by a mask
 SPECIFICATION, WEIGHTS = "model.mlmodel", "weights/weight.bin"
 FOLDER = "com.apple.CoreML"
@@ -61,9 +63,11 @@ class Package:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _check_manifest(path)
-        self.specification = _specification(path / ROOT / SPECIFICATION)
-        self.weights = Weights(path / ROOT / WEIGHTS)
+        self.specification, weights = open_package(path)
+        _require_ours(path)
+        if weights is None:
+            raise ArtifactError(f"{path / ROOT / WEIGHTS} is missing")
+        self.weights = weights
         self.block = block_of(self.specification)
         self._made_by: dict[str, tuple[int, int]] = {}  # output name -> operation, which of its outputs
         for index, operation in enumerate(self.block.operations):
@@ -95,7 +99,7 @@ class Package:
         """Shape of a constant, as its operation declares it."""
         index, place = self._made_by[name]
         output = self.block.operations[index].outputs[place]
-        return tuple(_size(dimension, name) for dimension in output.type.tensorType.dimensions)
+        return _shape(output.type.tensorType, name)
 
     def constant(self, name: str) -> Constant:
         """A constant by the name of its output.
@@ -141,22 +145,7 @@ class Package:
         return value if value is not None else (found, place)
 
     def _stored(self, value: Any, name: str) -> Stored:
-        tensor = value.type.tensorType
-        kind, shape = BY_NUMBER.get(tensor.dataType), tuple(_size(d, name) for d in tensor.dimensions)
-        if kind is None:
-            raise ArtifactError(f"{SPECIFICATION}: {name} has type number {tensor.dataType}, which is not read here")
-        count = math.prod(shape)
-        if value.WhichOneof("value") == "blobFileValue":
-            blob = value.blobFileValue
-            if blob.fileName != f"@model_path/{WEIGHTS}":
-                raise ArtifactError(f"{SPECIFICATION}: {name} is in {blob.fileName!r}; only {WEIGHTS} is read")
-            data = self.weights.blob(blob.offset, kind, count, name)
-        else:
-            data = _immediate(value.immediateValue.tensor, kind, count, name)
-        try:
-            return Stored(unpack(data, kind, count).reshape(shape), kind.name, len(data))
-        except ValueError as error:  # a shape with a zero in it, and sizes beyond numpy's
-            raise ArtifactError(f"{SPECIFICATION}: {name} has a shape of {shape}: {error}") from None
+        return read_value(value, name, self.weights)
 
 
 class Weights:
@@ -171,7 +160,7 @@ class Weights:
             raise ArtifactError(f"{path} is missing")
         if path.stat().st_size < HEADER.size:
             raise ArtifactError(f"weight.bin has {path.stat().st_size} bytes, less than its header")
-        self.data = np.memmap(path, np.uint8, "r")
+        self.data = np.memmap(path, np.uint8, "c")  # writable, so that torch takes it; what is written stays in memory
         self.count, version = HEADER.unpack(self.data[: HEADER.size].tobytes())
         if version != VERSION:
             raise ArtifactError(f"weight.bin is of version {version}; version {VERSION} is read")
@@ -185,7 +174,7 @@ class Weights:
             raise ArtifactError(f"weight.bin: {name} at {offset} begins with {sentinel:#x}, not {SENTINEL:#x}")
         if number != kind.blob:
             raise ArtifactError(f"weight.bin: {name} is of type {number}; the program says {kind.name} ({kind.blob})")
-        needed = -(-count * kind.bits // 8)
+        needed = packed_bytes(kind, count)
         if size != needed or padding != needed * 8 - count * kind.bits:
             raise ArtifactError(
                 f"weight.bin: {name} has {size} bytes and {padding} padding bits; {count} values of {kind.name} "
@@ -196,8 +185,27 @@ class Weights:
         return self.data[start : start + size]
 
 
-def _check_manifest(path: Path) -> None:
-    """The manifest names exactly the two items that are read."""
+def open_package(path: Path) -> tuple[Any, Weights | None]:
+    """The specification of any package, and its weight file, or None where it has none.
+
+    Raises:
+        ArtifactError: a file is missing, truncated, or says what cannot be.
+    """
+    model = path / "Data" / _items(path)[0]
+    weights = model.parent / WEIGHTS
+    return _specification(model), Weights(weights) if weights.is_file() else None
+
+
+def _require_ours(path: Path) -> None:
+    """A package of ours names exactly the two items that it has: Core ML would not find what it does not name."""
+    manifest, (_, items) = path / "Manifest.json", _items(path)
+    wanted = {f"{FOLDER}/{SPECIFICATION}", f"{FOLDER}/weights"}
+    if items != wanted:
+        raise ArtifactError(f"{manifest} names {sorted(items)}; a package of ours has {sorted(wanted)}")
+
+
+def _items(path: Path) -> tuple[str, set[str]]:
+    """Where the model lies inside the package, and where all items do, as the manifest says."""
     manifest = path / "Manifest.json"
     if not manifest.is_file():
         raise ArtifactError(f"{path} is no Core ML package: it has no Manifest.json")
@@ -211,9 +219,7 @@ def _check_manifest(path: Path) -> None:
         raise ArtifactError(f"{manifest} is not a package's manifest: {error!r}") from None
     for item in items.values():
         checked_path(item)
-    wanted = {f"{FOLDER}/{SPECIFICATION}", f"{FOLDER}/weights"}
-    if root != f"{FOLDER}/{SPECIFICATION}" or set(items.values()) != wanted:
-        raise ArtifactError(f"{manifest} names {sorted(items.values())}; a package of ours has {sorted(wanted)}")
+    return root, set(items.values())
 
 
 def _specification(path: Path) -> Any:
@@ -240,6 +246,54 @@ def block_of(specification: Any) -> Any:
     return main.block_specializations[main.opset]
 
 
+def read_value(value: Any, name: str, weights: Weights | None) -> Stored:
+    """An array of numbers that stands in a program or in its weight file.
+
+    Args:
+        value: MIL's `Value`.
+        name: What it is called in errors.
+        weights: The weight file, or None where the package has none.
+
+    Raises:
+        ArtifactError: it is not there, or its bytes are not what its type and shape take.
+    """
+    tensor = value.type.tensorType
+    kind, shape = BY_NUMBER.get(tensor.dataType), _shape(tensor, name)
+    if kind is None:
+        raise ArtifactError(f"{SPECIFICATION}: {name} has type number {tensor.dataType}, which is not read here")
+    count = math.prod(shape)
+    if value.WhichOneof("value") == "blobFileValue":
+        blob = value.blobFileValue
+        if blob.fileName != f"@model_path/{WEIGHTS}" or weights is None:
+            raise ArtifactError(f"{SPECIFICATION}: {name} is in {blob.fileName!r}; only {WEIGHTS} is read")
+        data = weights.blob(blob.offset, kind, count, name)
+    else:
+        data = _immediate(value.immediateValue.tensor, kind, count, name)
+    return Stored(data, kind, shape)
+
+
+def read_strings(value: Any) -> str | list[str] | list[int] | None:
+    """A string, or a list, also one of whole numbers, that stand in a program; None for a tensor of numbers."""
+    if value.type.WhichOneof("type") == "listType":
+        tensors = [one.immediateValue.tensor for one in value.immediateValue.list.values]
+        words = [str(text) for tensor in tensors for text in tensor.strings.values]
+        return words or [int(number) for tensor in tensors for number in tensor.longInts.values]
+    tensor = value.type.tensorType
+    if tensor.dataType != proto.MIL_pb2.DataType.Value("STRING"):
+        return None
+    found = [str(text) for text in value.immediateValue.tensor.strings.values]
+    return found if tensor.rank else "".join(found)
+
+
+def _shape(tensor: Any, name: str) -> tuple[int, ...]:
+    if len(tensor.dimensions) > MOST_DIMENSIONS:
+        raise ArtifactError(f"{SPECIFICATION}: {name} has {len(tensor.dimensions)} dimensions")
+    shape = tuple(_size(dimension, name) for dimension in tensor.dimensions)
+    if 0 in shape and math.prod(size or 1 for size in shape) >= 2**48:
+        raise ArtifactError(f"{SPECIFICATION}: {name} has a shape of {shape}, which no tensor has")
+    return shape
+
+
 def _size(dimension: Any, name: str) -> int:
     if dimension.WhichOneof("dimension") != "constant":
         raise ArtifactError(f"{SPECIFICATION}: {name} has a size that is not known")
@@ -251,14 +305,15 @@ def _immediate(tensor: Any, kind: Kind, count: int, name: str) -> Array:
     field = tensor.WhichOneof("value")
     values = getattr(tensor, field).values if field else b""
     try:
-        if field == "bytes":
+        if field in (None, "bytes"):
             data = np.frombuffer(values, np.uint8)
         else:
-            data = np.array(list(values), np.dtype(kind.numpy)).view(np.uint8)
+            data = np.fromiter(values, np.dtype(kind.numpy), len(values)).view(np.uint8)
     except (ValueError, TypeError, OverflowError) as error:
         raise ArtifactError(f"{SPECIFICATION}: values of {name} are not of type {kind.name}: {error}") from None
-    needed = -(-count * kind.bits // 8)
-    if len(data) != needed:
+    one, needed = (packed_bytes(kind, n) for n in (1, count))
+    stands_for_all = len(data) == one and count <= LARGEST_SPLAT
+    if len(data) != needed and not stands_for_all:
         said = f"{count} values of {kind.name} take {needed}"
         raise ArtifactError(f"{SPECIFICATION}: {name} has {len(data)} bytes; {said}")
     return data

@@ -24,6 +24,7 @@ class ExecutorchAndroid:
     extra = "executorch"
     modules = ("executorch",)
     runs_here = True
+    stand_in = None
 
     def plan(self, model: Model, context: int) -> Plan:
         return planning.plan(model, context)

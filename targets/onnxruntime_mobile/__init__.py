@@ -19,6 +19,7 @@ class OnnxRuntimeMobile:
     extra = "onnxruntime"
     modules = ("onnx", "onnx_ir", "onnxruntime")
     runs_here = True
+    stand_in = None
 
     def plan(self, model: Model, context: int) -> Plan:
         return planning.plan(model, context)

@@ -94,6 +94,11 @@ def _reply(request: dict[str, Any]) -> dict[str, Any]:
     target = plugins.target(artifacts.load(place).target)
     if not target.runs_here:
         raise TargetError(f"{target.name} has no runtime on this machine; probe it on a phone that has one")
+    if target.stand_in:
+        raise TargetError(
+            f"{target.name} runs here in a stand-in: {target.stand_in}; its times say nothing of a phone's, so nothing "
+            "is timed; `pocket check` runs it"
+        )
     if "golden" in request:
         session = target.session(place, threads=request["threads"])
         found = answer(session, Golden.model_validate(request["golden"]))

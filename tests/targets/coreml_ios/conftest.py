@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter import checkpoint
+from exporter import adapters, checkpoint
 from exporter.model import Layer, Model
 from exporter.plugins import Plan
 from exporter.weights import LowBit
 from targets.coreml_ios import TARGET
+from targets.coreml_ios.reference import StoredOps
 from tests.models import BERT, LLAMA, OPT, random_model, trees
 
 CONTEXT = 32
@@ -45,6 +46,23 @@ def lower(model: Model, folder: Path, context: int = CONTEXT) -> Lowered:
     plan = TARGET.plan(model, context)
     TARGET.lower(model, plan, folder)
     return Lowered(model, plan, folder)
+
+
+class StoredSession:
+    """Torch on the numbers that a package stores: what its program must say."""
+
+    def __init__(self, made: Lowered, dtype: torch.dtype = torch.float32) -> None:
+        model = made.model.with_weights(made.plan.weights)
+        self._ops, self._adapter = StoredOps(model, dtype), adapters.find(model.architecture.family)
+        self.context, self.causal = made.plan.context, model.architecture.causal
+
+    def reset(self) -> None:
+        self._ops.reset()
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        with torch.inference_mode():
+            self._ops.begin()
+            return adapters.logits(self._adapter, self._ops, torch.tensor([list(tokens)]))[0]
 
 
 def to_nearest(weight: Tensor, bits: int = 4, group: int = 32) -> LowBit:

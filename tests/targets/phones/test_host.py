@@ -122,6 +122,16 @@ def test_a_runtime_that_is_not_here_is_refused(tmp_path: Path) -> None:
         HostPhone().run(str(tmp_path / "elsewhere"), JOB)
 
 
+def test_a_stand_in_for_a_runtime_is_not_timed(tmp_path: Path) -> None:
+    golden = make(tmp_path / "stood-in", fakes.STOOD_IN).golden
+    says = "stood-in runs here in a stand-in: torch, not the fake's own runtime; its times say nothing of a phone's"
+
+    with pytest.raises(TargetError, match=says):
+        HostPhone().answers(str(tmp_path / "stood-in"), golden, threads=1)
+    with pytest.raises(TargetError, match=says):
+        HostPhone().run(str(tmp_path / "stood-in"), JOB)
+
+
 def test_a_crash_of_the_runtime_is_one_clear_line(tmp_path: Path) -> None:
     make(tmp_path / "dies", fakes.DIES)
 

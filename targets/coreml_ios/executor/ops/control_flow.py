@@ -1,0 +1,105 @@
+"""Choices, and lists of tensors. What has blocks or states, `cond` and `while_loop` too, is run in `machine.py`.
+
+A list is a value like any other: what is written to makes a new one. Items that nothing was written to are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from targets.coreml_ios.executor.values import List, Value, flag, require_room, whole, wholes
+
+LONGEST = 2**20  # items of a list
+
+
+def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`a` where `cond` is true, `b` elsewhere; all three broadcast."""
+    require_room(int(torch.broadcast_shapes(cond.shape, a.shape, b.shape).numel()))  # type: ignore[no-untyped-call]
+    return torch.where(cond, a, b)
+
+
+def make_list(
+    elem_shape: Sequence[Value],
+    init_length: Tensor | int = 1,
+    dynamic_length: Tensor | bool = True,
+    dtype: str = "fp32",
+) -> List:
+    """A list of `init_length` zeros; a size in `elem_shape` that is a word is known when an item is written."""
+    shape = tuple(None if isinstance(size, str) else whole(size) for size in elem_shape)
+    require_room(1 if None in shape else torch.Size([size for size in shape if size is not None]).numel())
+    return List([None] * _length(whole(init_length)), shape, flag(dynamic_length))
+
+
+def list_write(ls: List, index: Tensor, value: Tensor) -> List:
+    """The list with `value` at `index`; beyond its end it grows, where its length is dynamic."""
+    return _written(ls, [(whole(index), value)])
+
+
+def list_read(ls: List, index: Tensor) -> Tensor:
+    """The item at `index`."""
+    return _item(ls, whole(index))
+
+
+def list_gather(ls: List, indices: Tensor) -> Tensor:
+    """The items at `indices`, stacked: [indices, ...]."""
+    items = [_item(ls, index) for index in wholes(indices)]
+    require_room(sum(item.numel() for item in items))
+    return torch.stack(items) if items else torch.zeros(0, *_item_shape(ls))
+
+
+def list_scatter(ls: List, indices: Tensor, value: Tensor) -> List:
+    """The list with row i of `value` at place i of `indices`; beyond its end it grows, where its length is dynamic."""
+    return _written(ls, zip(wholes(indices), value, strict=True))
+
+
+def _written(ls: List, places: Iterable[tuple[int, Tensor]]) -> List:
+    items = list(ls.items)
+    for index, value in places:
+        if index < 0 or (index >= len(items) and not ls.is_dynamic):
+            raise IndexError(f"index {index} is outside a list of {len(items)}")
+        items += [None] * (_length(index + 1) - len(items))
+        items[index] = value
+    return List(items, ls.shape, ls.is_dynamic)
+
+
+def _item(ls: List, index: int) -> Tensor:
+    if not 0 <= index < len(ls.items):
+        raise IndexError(f"index {index} is outside a list of {len(ls.items)}")
+    item = ls.items[index]
+    return torch.zeros(_item_shape(ls)) if item is None else item
+
+
+def _item_shape(ls: List) -> Sequence[int]:
+    """The shape of what was written, or that which the list was made with.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    written = next((item.shape for item in ls.items if item is not None), None)
+    if written is not None:
+        return written
+    shape = [size for size in ls.shape if size is not None]
+    if len(shape) != len(ls.shape):
+        raise ValueError("an item is read of a list of unknown shape that nothing was written to")
+    return shape
+
+
+def _length(length: int) -> int:
+    if not 0 <= length <= LONGEST:
+        raise ValueError(f"a list of {length}; lists of up to {LONGEST} are made here")
+    return length
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "select": select,
+    "make_list": make_list,
+    "list_length": lambda ls: torch.tensor(len(ls.items), dtype=torch.int32),
+    "list_read": list_read,
+    "list_write": list_write,
+    "list_gather": list_gather,
+    "list_scatter": list_scatter,
+}
