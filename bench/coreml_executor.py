@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from host import memory, processor
 
 from exporter import adapters, pipeline
 from exporter.model import Architecture, Layer, Model, Provenance, Rope
@@ -102,12 +103,6 @@ def measure(folder: Path) -> dict[str, float]:
             "peak_bytes": memory("VmHWM") - before}  # fmt: skip
 
 
-def memory(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def print_table(parameters: dict[str, int], results: dict[str, list[dict[str, float]]]) -> None:
     """One row per case: medians over the rounds, and the range of the decode speed."""
     columns = ("model", "parameters", "decode tokens/s by the wall (range)", "by CPU time", "goal",
@@ -125,12 +120,6 @@ def print_table(parameters: dict[str, int], results: dict[str, list[dict[str, fl
     print(f"\nHost: {processor()}, {platform.system()} {platform.release()}, Python {platform.python_version()}, "
           f"torch {torch.__version__}, one thread, {ROUNDS} processes each, {NEW_TOKENS} tokens after a prompt of "
           f"{PROMPT}, context {CONTEXT}; {TARGET.stand_in}.")  # fmt: skip
-
-
-def processor() -> str:
-    """The processor's name, as the kernel says it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

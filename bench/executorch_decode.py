@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from host import processor
 
 from exporter import adapters
 from exporter.model import Architecture, Layer, Model, Provenance, Rope
@@ -151,10 +152,8 @@ def _row(kind: str, sizes: dict[str, Any], ran: list[dict[str, Any]], baseline: 
 
 def machine() -> str:
     """Where this ran."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     system = f"{os.cpu_count()} cores, {platform.system()} {platform.release()}"
-    return f"host: {cpu}, {system}, executorch {version('executorch')}, load {os.getloadavg()[0]:.1f}"
+    return f"host: {processor()}, {system}, executorch {version('executorch')}, load {os.getloadavg()[0]:.1f}"
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from host import memory, processor
 
 from exporter import adapters
 from exporter.model import Architecture, Layer, Model, Provenance, Rope
@@ -101,12 +102,6 @@ def measure(folder: Path) -> dict[str, float]:
             "peak_bytes": memory("VmHWM") - before}  # fmt: skip
 
 
-def memory(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def print_table(results: dict[str, list[dict[str, float]]], sizes: dict[str, tuple[int, int]]) -> None:
     """One row per case: medians over the rounds, and the range of the decode speed."""
     columns = ("weights", "decode tokens/s (CPU time; range)", "by the wall", f"prefill of {PROMPT}, s",
@@ -128,12 +123,6 @@ def print_table(results: dict[str, list[dict[str, float]]], sizes: dict[str, tup
     print(f"Host: {processor()}, {platform.system()} {platform.release()}, Python {platform.python_version()}, "
           f"onnxruntime {onnxruntime.__version__}, one thread, {ROUNDS} processes each, {NEW_TOKENS} tokens "
           f"after a prompt of {PROMPT}.")  # fmt: skip
-
-
-def processor() -> str:
-    """The processor's name, as the kernel says it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from host import processor
 from methods import MODELS, ROOT, SEEDS, TRIALS, Row, all_rows
 
 TITLES = {
@@ -209,14 +210,6 @@ def seeds(tables: dict[str, Table]) -> str:
     if most == 1:
         return f"One draw of the calibration windows (seed {SEEDS[0]}); another moves the numbers a little."
     return f"The median over seeds {', '.join(map(str, SEEDS[:most]))} of the windows, least to most in brackets."
-
-
-def processor() -> str:
-    """The processor's name as Linux has it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -101,6 +101,26 @@ def require_known(tokens: Sequence[int], vocab: int) -> None:
         raise TargetError(f"token {strange[0]} is not in the vocabulary; its tokens are 0 to {vocab - 1}")
 
 
+def require_step(tokens: Sequence[int], vocab: int, before: int, context: int) -> None:
+    """Refuse a step that a runtime cannot take.
+
+    Args:
+        tokens: Of the step.
+        vocab: Of the artifact.
+        before: Tokens that it has seen since the last reset.
+        context: Of the artifact.
+
+    Raises:
+        TargetError: no token, one that the vocabulary lacks, or more than the context holds.
+    """
+    if not tokens:
+        raise TargetError("a step takes at least one token")
+    require_known(tokens, vocab)
+    if before + len(tokens) > context:
+        more = f"{before} tokens and {len(tokens)} more"
+        raise TargetError(f"{more} do not fit the context of {context}; reset, or export with a longer one")
+
+
 def greedy(session: Session, prompt: Sequence[int], new_tokens: int, eos: Sequence[int] = ()) -> Iterator[int]:
     """The likeliest next token, again and again; ends early after a token of `eos`.
 

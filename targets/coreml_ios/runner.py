@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.errors import ArtifactError, TargetError
-from exporter.session import require_known, require_whole_text
+from exporter.errors import ArtifactError
+from exporter.session import require_known, require_step, require_whole_text
 from targets.coreml_ios.executor import ReferenceModel
 from targets.coreml_ios.executor.machine import Observer
 from targets.coreml_ios.package import HIDDEN, LOGITS, NAME
@@ -40,11 +40,6 @@ class _Session:
         """Forget every token."""
         raise NotImplementedError
 
-    def _require_known(self, tokens: Sequence[int]) -> None:
-        if not tokens:
-            raise TargetError("a step takes at least one token")
-        require_known(tokens, self._vocab)
-
     def _predicted(self, output: str, inputs: dict[str, Tensor], state: Any = None) -> Tensor:
         """An output [1, tokens, channels] as [tokens, channels], float32."""
         with _running_in(self._threads):
@@ -67,14 +62,10 @@ class CoreMLSession(_Session):
             TargetError: no token, one that the vocabulary lacks, or more than the context holds.
             ArtifactError: an operation cannot be computed; it is named.
         """
-        self._require_known(tokens)
-        end = self._count + len(tokens)
-        if end > self.context:
-            more = f"{self._count} tokens and {len(tokens)} more"
-            raise TargetError(f"{more} do not fit the context of {self.context}; reset, or export with a longer one")
+        require_step(tokens, self._vocab, self._count, self.context)
         inputs = {"inputIds": torch.tensor([list(tokens)]), "causalMask": causal_mask(self._count, len(tokens))}
         logits = self._predicted(LOGITS, inputs, self._state)
-        self._count = end
+        self._count += len(tokens)
         return logits
 
 
@@ -96,7 +87,7 @@ class CoreMLEncoder(_Session):
             ArtifactError: an operation cannot be computed; it is named.
         """
         require_whole_text(self._is_fresh, len(tokens), self.context)
-        self._require_known(tokens)
+        require_known(tokens, self._vocab)
         self._is_fresh = False
         return self._predicted(HIDDEN, {"inputIds": torch.tensor([list(tokens)])})
 
@@ -121,7 +112,7 @@ def open_session(
     wanted = RANK if is_decoder else {"inputIds": RANK["inputIds"]}
     if ranks != wanted:
         raise ArtifactError(f"the program takes {ranks} (axes by name); one of ours takes {wanted}")
-    model = ReferenceModel(folder / NAME, keep_float32=keep_float32, observe=observe)
+    model = ReferenceModel.of(package.specification, package.weights, keep_float32=keep_float32, observe=observe)
     return (CoreMLSession if is_decoder else CoreMLEncoder)(model, package, threads)
 
 

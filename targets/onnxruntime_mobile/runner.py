@@ -10,8 +10,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from exporter.errors import ArtifactError, TargetError
-from exporter.session import require_known, require_whole_text
+from exporter.errors import ArtifactError
+from exporter.session import require_known, require_step, require_whole_text
 from targets.onnxruntime_mobile.constants import MODEL
 from targets.onnxruntime_mobile.ops import HIDDEN
 from targets.onnxruntime_mobile.readback import read_model
@@ -61,7 +61,7 @@ class OnnxSession:
             TargetError: no token, one that the vocabulary lacks, or more than the context holds.
             ArtifactError: the runtime cannot run the graph.
         """
-        self._require(tokens)
+        require_step(tokens, self._vocab, self._count, self.context)
         count = self._count + len(tokens)
         ids, mask = np.array([tokens], np.int64), np.ones((1, count), np.int64)
         self._binding.bind_cpu_input("input_ids", ids)
@@ -71,12 +71,6 @@ class OnnxSession:
         _run(self._session, self._binding)
         self._count = count
         return logits[0]
-
-    def _require(self, tokens: Sequence[int]) -> None:
-        _require_tokens(tokens, self._vocab)
-        if self._count + len(tokens) > self.context:
-            more = f"{self._count} tokens and {len(tokens)} more"
-            raise TargetError(f"{more} do not fit the context of {self.context}; reset, or export with a longer one")
 
 
 class OnnxEncoder:
@@ -107,19 +101,13 @@ class OnnxEncoder:
             ArtifactError: the runtime cannot run the graph.
         """
         require_whole_text(self._is_fresh, len(tokens), self.context)
-        _require_tokens(tokens, self._vocab)
+        require_known(tokens, self._vocab)
         self._is_fresh = False
         binding, hidden = self._session.io_binding(), torch.empty(1, len(tokens), self._hidden)
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_output(HIDDEN, "cpu", 0, np.float32, tuple(hidden.shape), hidden.data_ptr())
         _run(self._session, binding)
         return hidden[0]
-
-
-def _require_tokens(tokens: Sequence[int], vocab: int) -> None:
-    if not tokens:
-        raise TargetError("a step takes at least one token")
-    require_known(tokens, vocab)
 
 
 def _run(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:

@@ -83,11 +83,12 @@ class ReferenceModel:
 
     @classmethod
     def of(
-        cls, specification: Any, weights: Path | None, function_name: str | None = None, *, keep_float32: bool = False
-    ) -> ReferenceModel:
+        cls, specification: Any, weights: Weights | None, function_name: str | None = None, *,
+        keep_float32: bool = False, observe: Observer | None = None,
+    ) -> ReferenceModel:  # fmt: skip
         """Run a specification that is in memory, with its weight file."""
         made = cls.__new__(cls)
-        made._open(specification, Weights(weights) if weights else None, function_name, keep_float32, None)
+        made._open(specification, weights, function_name, keep_float32, observe)
         return made
 
     def _open(self, specification: Any, weights: Weights | None, function_name: str | None, keep_float32: bool,

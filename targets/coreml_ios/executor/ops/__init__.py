@@ -7,32 +7,52 @@ can give more than it takes calls `require_room` first.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
-GROUPS = (
-    "activation",
-    "classify",
-    "control_flow",
-    "conv",
-    "elementwise_binary",
-    "elementwise_unary",
-    "image_resizing",
-    "image_sampling",
-    "linear",
-    "normalization",
-    "pool",
-    "quantization",
-    "random",
-    "recurrent",
-    "reduction",
-    "scatter_gather",
-    "tensor_operation",
-    "tensor_transformation",
-    "transformers",
+from targets.coreml_ios.executor.ops import (
+    activation,
+    classify,
+    control_flow,
+    conv,
+    elementwise_binary,
+    elementwise_unary,
+    image_resizing,
+    image_sampling,
+    linear,
+    normalization,
+    pool,
+    quantization,
+    random,
+    recurrent,
+    reduction,
+    scatter_gather,
+    tensor_operation,
+    tensor_transformation,
+    transformers,
 )
 
-OPERATIONS: dict[str, Callable[..., Any]] = {}
-for _group in GROUPS:
-    OPERATIONS.update(importlib.import_module(f"{__name__}.{_group}").OPERATIONS)
+GROUPS = (
+    activation,
+    classify,
+    control_flow,
+    conv,
+    elementwise_binary,
+    elementwise_unary,
+    image_resizing,
+    image_sampling,
+    linear,
+    normalization,
+    pool,
+    quantization,
+    random,
+    recurrent,
+    reduction,
+    scatter_gather,
+    tensor_operation,
+    tensor_transformation,
+    transformers,
+)
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    name: function for group in GROUPS for name, function in group.OPERATIONS.items()
+}

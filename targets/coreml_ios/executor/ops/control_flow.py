@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from targets.coreml_ios.executor.values import List, Value, flag, require_room, whole, wholes
+from targets.coreml_ios.executor.values import List, Value, flag, require_broadcast_room, require_room, whole, wholes
 
 LONGEST = 2**20  # items of a list
 
 
 def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`a` where `cond` is true, `b` elsewhere; all three broadcast."""
-    require_room(int(torch.broadcast_shapes(cond.shape, a.shape, b.shape).numel()))  # type: ignore[no-untyped-call]
+    require_broadcast_room(cond.shape, a.shape, b.shape)
     return torch.where(cond, a, b)
 
 

@@ -16,6 +16,7 @@ from exporter.errors import ArtifactError
 from targets.coreml_ios.backend import ct, mb, quiet
 from targets.coreml_ios.executor.model import ReferenceModel
 from targets.coreml_ios.executor.ops import OPERATIONS
+from targets.coreml_ios.reader import Weights
 
 NAN, INF = float("nan"), float("inf")
 
@@ -376,7 +377,7 @@ def test_program_gives_what_coremltools_evaluates_constants_to(opset: int) -> No
         model = ct.convert(program, minimum_deployment_target=target, compute_precision=ct.precision.FLOAT32,
                            skip_model_load=True)  # fmt: skip
     weights = Path(model.weights_dir) / "weight.bin"  # where a constant is long enough to be put there
-    found = ReferenceModel.of(model.get_spec(), weights if weights.exists() else None).predict({"x": x})
+    found = ReferenceModel.of(model.get_spec(), Weights(weights) if weights.exists() else None).predict({"x": x})
     wanted = known.functions["main"].outputs
     assert len(found) == len(wanted)
     for name, one in zip((output.name for output in model.get_spec().description.output), wanted):
