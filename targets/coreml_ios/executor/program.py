@@ -201,8 +201,8 @@ def declared(kind: Any, name: str) -> Declared:
 
 
 def functions(specification: Any) -> list[str]:
-    """Names of the functions of a specification."""
-    return list(specification.mlProgram.functions)
+    """Names of the functions of a specification, in order."""
+    return sorted(specification.mlProgram.functions)
 
 
 def _function(specification: Any, name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from exporter.errors import ArtifactError
-from targets.coreml_ios.backend import ct, mb, quiet, types
+from targets.coreml_ios.backend import ct, mb, types
 from targets.coreml_ios.constants import (
     BY_NAME,
     CACHED,
@@ -24,9 +23,9 @@ from targets.coreml_ios.constants import (
     unpack,
 )
 from targets.coreml_ios.executor.machine import Constants
-from targets.coreml_ios.executor.model import ReferenceModel
 from targets.coreml_ios.executor.program import Place
 from targets.coreml_ios.executor.values import Declared
+from tests.targets.coreml_ios.executor.programs import runnable
 
 Function = ct.converters.mil.mil.Function
 Shape = tuple[int, ...]
@@ -299,21 +298,17 @@ def older(rng: np.random.Generator) -> list[Any]:
     return made
 
 
-@pytest.mark.parametrize(("target", "make"), [(ct.target.iOS18, newer), (ct.target.iOS16, older)])
-def test_constants_in_a_written_package_are_coremltools_own(target: Any, make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("opset", "make"), [(18, newer), (16, older)])
+def test_constants_in_a_written_package_are_coremltools_own(opset: int, make: Any) -> None:
     made: list[Any] = []
 
-    @mb.program(input_specs=[mb.TensorSpec((1,), dtype=types.fp32)], opset_version=target)
     def program(x: Any) -> Any:
         made.extend(make(np.random.default_rng(0)))
         return [mb.identity(x=x), *(mb.cast(x=one, dtype="fp32", name=f"y{at}") for at, one in enumerate(made))]
 
+    model = runnable(program, [mb.TensorSpec((1,))], opset)
     wanted = {f"y{at}": one.op.materialized_val_inference() for at, one in enumerate(made)}
-    with quiet():
-        model = ct.convert(program, minimum_deployment_target=target, compute_precision=ct.precision.FLOAT32,
-                           skip_model_load=True)  # fmt: skip
-        model.save(str(tmp_path / "it.mlpackage"))
-    found = ReferenceModel(tmp_path / "it.mlpackage").predict({"x": np.zeros(1, np.float32)})
+    found = model.predict({"x": np.zeros(1, np.float32)})
     for name, array in wanted.items():
         assert np.array_equal(found[name], array.astype(np.float32)), name
 

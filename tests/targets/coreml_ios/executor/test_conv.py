@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from exporter.errors import ArtifactError
-from targets.coreml_ios.backend import ct, get_new_symbol, mb, quiet
+from targets.coreml_ios.backend import ct, get_new_symbol, mb
 from targets.coreml_ios.executor import values
-from targets.coreml_ios.executor.model import ReferenceModel
 from targets.coreml_ios.executor.ops import OPERATIONS
 from tests.targets.coreml_ios.executor.oracle import Array, computed
+from tests.targets.coreml_ios.executor.programs import runnable
 
 RANDOM = np.random.default_rng(5)
 Shape = Sequence[int]
@@ -191,17 +191,13 @@ def test_results_that_no_memory_holds_are_refused(operation: str, more: dict[str
 
 
 def test_a_program_with_a_weight_that_it_is_given_and_an_unknown_batch() -> None:
-    @mb.program(input_specs=[mb.TensorSpec((get_new_symbol(), 2, 5)), mb.TensorSpec((4, 1, 3))],
-                opset_version=ct.target.iOS17)  # fmt: skip
     def program(x: Any, weight: Any) -> Any:
         return mb.conv(x=x, weight=weight, groups=2, pad_type="same_lower", strides=[2], name="y")
 
     inputs = [ct.TensorType("x", (ct.RangeDim(1, 8), 2, 5)), ct.TensorType("weight", (4, 1, 3))]
-    with quiet():
-        model = ct.convert(program, inputs=inputs, minimum_deployment_target=ct.target.iOS17, skip_model_load=True,
-                           compute_precision=ct.precision.FLOAT32)  # fmt: skip
+    specs = [mb.TensorSpec((get_new_symbol(), 2, 5)), mb.TensorSpec((4, 1, 3))]
     x, weight = drawn(3, 2, 5), drawn(4, 1, 3)
-    found = ReferenceModel.of(model.get_spec(), None).predict({"x": x, "weight": weight})["y"]
+    found = runnable(program, specs, 17, inputs=inputs).predict({"x": x, "weight": weight})["y"]
     np.testing.assert_array_equal(found, written_out(x, weight, [2], [1], 2, [(1, 1)]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,12 @@ import pytest
 import torch
 
 from exporter.errors import ArtifactError
-from targets.coreml_ios.backend import ct, mb, quiet, types
+from targets.coreml_ios.backend import mb, types
 from targets.coreml_ios.executor.model import ReferenceModel
 from targets.coreml_ios.executor.ops import OPERATIONS
 from targets.coreml_ios.executor.values import rounded
 from tests.targets.coreml_ios.executor.oracle import Array, computed, folded
+from tests.targets.coreml_ios.executor.programs import converted
 
 NAN, INF = float("nan"), float("inf")
 LEAST, MOST = -(2**31), 2**31 - 1
@@ -173,19 +173,16 @@ def test_shapes_that_do_not_go_together_are_refused() -> None:
             OPERATIONS[name](row, column)
 
 
-def test_a_program_rounds_after_each_operation(tmp_path: Path) -> None:
-    @mb.program(input_specs=[mb.TensorSpec((3,), dtype=types.fp16)], opset_version=ct.target.iOS17)
+def test_a_program_rounds_after_each_operation() -> None:
     def program(x: Any) -> Any:
         square = mb.square(x=x)
         return mb.cast(x=square, dtype="fp32"), mb.sub(x=mb.add(x=x, y=np.float16(1)), y=np.float16(1))
 
-    path = tmp_path / "rounds.mlpackage"
-    with quiet():
-        ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True, package_dir=str(path))
+    made = converted(program, [mb.TensorSpec((3,), dtype=types.fp16)], 17)
     x = np.array([256, 255, 2**-12], np.float16)
-    square, back = ReferenceModel(path).predict({"x": x}).values()
+    square, back = ReferenceModel(made.package_path).predict({"x": x}).values()
     np.testing.assert_array_equal(square, np.float32([INF, 65024, 2**-24]))  # 255^2 = 65025 has no float16
     np.testing.assert_array_equal(back, np.float16([256, 255, 0]))
-    square, back = ReferenceModel(path, keep_float32=True).predict({"x": x}).values()
+    square, back = ReferenceModel(made.package_path, keep_float32=True).predict({"x": x}).values()
     np.testing.assert_array_equal(square, np.float32([65536, 65025, 2**-24]))
     np.testing.assert_array_equal(back, np.float16([256, 255, 2**-12]))

@@ -5,26 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from targets.coreml_ios.backend import ct, mb, quiet, types
+from targets.coreml_ios.backend import mb
 from targets.coreml_ios.executor import ReferenceModel
 from targets.coreml_ios.reader import block_of
+from tests.targets.coreml_ios.executor.programs import converted
 
 NEAR_ONE = 1 + 2.0**-12  # float16 rounds it to 1
 
 
 @pytest.fixture(scope="module")
-def specification(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """x * 1, then another shape; all in float32."""
+def specification() -> object:
+    """x * 2, then another shape; all in float32."""
 
-    @mb.program(input_specs=[mb.TensorSpec((2, 2), dtype=types.fp32)], opset_version=ct.target.iOS18)
     def program(x: object) -> object:
         return mb.reshape(x=mb.mul(x=x, y=np.float32(2)), shape=[4], name="y")
 
-    package = str(tmp_path_factory.mktemp("rounded") / "it.mlpackage")
-    with quiet():
-        made = ct.convert(program, compute_precision=ct.precision.FLOAT32, skip_model_load=True, package_dir=package,
-                          minimum_deployment_target=ct.target.iOS18)  # fmt: skip
-    return made.get_spec()
+    return converted(program, [mb.TensorSpec((2, 2))]).get_spec()
 
 
 @pytest.mark.parametrize(("kinds", "says"), [((11, 11), NEAR_ONE), ((11, 10), 1), ((10, 10), 1), ((10, 11), 1)])

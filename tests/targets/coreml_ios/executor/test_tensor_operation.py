@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from exporter.errors import ArtifactError
 from targets.coreml_ios.backend import ct, mb, quiet
-from targets.coreml_ios.executor.model import ReferenceModel
 from targets.coreml_ios.executor.ops import OPERATIONS
-from targets.coreml_ios.reader import Weights
+from tests.targets.coreml_ios.executor.programs import runnable
 
 NAN, INF = float("nan"), float("inf")
 
@@ -373,12 +371,9 @@ def test_program_gives_what_coremltools_evaluates_constants_to(opset: int) -> No
     build, target = every_operation(opset), getattr(ct.target, f"iOS{opset}")
     with quiet():
         known = mb.program(input_specs=[], opset_version=target)(lambda: build(mb.const(val=x)))
-        program = mb.program(input_specs=[mb.TensorSpec(x.shape)], opset_version=target)(build)
-        model = ct.convert(program, minimum_deployment_target=target, compute_precision=ct.precision.FLOAT32,
-                           skip_model_load=True)  # fmt: skip
-    weights = Path(model.weights_dir) / "weight.bin"  # where a constant is long enough to be put there
-    found = ReferenceModel.of(model.get_spec(), Weights(weights) if weights.exists() else None).predict({"x": x})
+    model = runnable(build, [mb.TensorSpec(x.shape)], opset)
+    found = model.predict({"x": x})
     wanted = known.functions["main"].outputs
     assert len(found) == len(wanted)
-    for name, one in zip((output.name for output in model.get_spec().description.output), wanted):
+    for name, one in zip((output.name for output in model.description.output), wanted):
         np.testing.assert_array_equal(found[name], one.val)
