@@ -8,11 +8,8 @@ neuralnetwork, is left out: its models are no ML programs.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from targets.coreml_ios.executor.model import ReferenceModel
 
 LONGEST = 300  # characters of a message
 _predictions = 0
-_library: Any = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Count predictions; let torchvision be imported."""
+    """Count predictions."""
     plain = ReferenceModel.predict
 
     def predict(self: ReferenceModel, *args: Any, **kwargs: Any) -> Any:
@@ -43,25 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
         return plain(self, *args, **kwargs)
 
     ReferenceModel.predict = predict  # type: ignore[method-assign]
-    _declare_torchvision()
-
-
-def _declare_torchvision() -> None:
-    """Name torchvision's own operators: they do not load beside torch's CPU wheel, and no test here calls one."""
-    global _library
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
-        return
-    import torch
-
-    text = (Path(found.origin).parent / "_meta_registrations.py").read_text()
-    names = set(re.findall(r'register_meta\("(\w+)"', text)) | set(re.findall(r"torchvision::(\w+)", text))
-    _library = torch.library.Library("torchvision", "DEF")
-    for name in sorted(names):
-        _library.define(f"{name}(Tensor x) -> Tensor")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torchvision  # noqa: F401
 
 
 @pytest.hookimpl(trylast=True)

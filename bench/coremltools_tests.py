@@ -2,6 +2,7 @@
 
     python bench/coremltools_tests.py OUT                 # everything: hours
     python bench/coremltools_tests.py OUT --sample 60     # at most 60 tests a file, the same ones every time
+    python bench/coremltools_tests.py OUT --again Nms     # tests whose names have this, once more
     python bench/coremltools_tests.py OUT --table         # the table of what OUT holds
 
 Every test file is one process a shard, so that a crash costs one file; a file that is finished is not run again.
@@ -72,13 +73,14 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="tests a file, at most; 0: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="part of a file's path")
+    parser.add_argument("--again", default="", help="run these tests once more, by pytest's -k; with --only")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.table:
-        run = partial(_run, out=options.out, sample=options.sample)
+        run = partial(_run, out=options.out, sample=options.sample, again=options.again)
         with ThreadPoolExecutor(options.jobs) as pool:
-            for said in pool.map(run, _shards(options.only, options.sample)):
+            for said in pool.map(run, _shards(options.only, is_whole=bool(options.sample or options.again))):
                 print(said, flush=True)
     rows = list(read(options.out))
     print(table(rows))
@@ -92,11 +94,11 @@ def _package() -> Path:
     return Path(found.origin).parent
 
 
-def _shards(only: str, sample: int) -> list[tuple[Path, int, int]]:
+def _shards(only: str, *, is_whole: bool) -> list[tuple[Path, int, int]]:
     """Files with tests, the largest first: path, which part of how many."""
     files = {file for places in GROUPS.values() for place in places for file in _files(_package() / place)}
     chosen = sorted((file for file in files if only in str(file)), key=lambda file: -file.stat().st_size)
-    counts = {file: 1 if sample else SHARDS.get(file.name, 1) for file in chosen}
+    counts = {file: 1 if is_whole else SHARDS.get(file.name, 1) for file in chosen}
     return [(file, index, counts[file]) for file in chosen for index in range(counts[file])]
 
 
@@ -104,28 +106,30 @@ def _files(place: Path) -> Iterable[Path]:
     return [place] if place.suffix == ".py" else place.rglob("test_*.py")
 
 
-def _run(shard: tuple[Path, int, int], out: Path, sample: int) -> str:
+def _run(shard: tuple[Path, int, int], out: Path, sample: int, again: str) -> str:
     """Run a part of a file, unless it was run before."""
     file, index, count = shard
     name = str(file.relative_to(_package())).replace("/", ".").removesuffix(".py")
-    report = out / f"{name}.{index}-{count}.jsonl"
-    if report.exists():
+    report = out / f"{name}.{again or f'{index}-{count}'}.jsonl"
+    if report.exists() and not again:
         return f"{report.stem}: done before"
     part = report.with_suffix(".part")
     part.unlink(missing_ok=True)
+    plug_ins = ("bench.torchvision_operators", "targets.coreml_ios.executor.pytest_plugin", "bench.coremltools_report")
     command = [
         sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={_package()}", "-p", "no:cacheprovider",
-        "-p", "no:warnings", "-p", "targets.coreml_ios.executor.pytest_plugin", "-p", "bench.coremltools_report",
-        f"--report={part.resolve()}", f"--shard={index}/{count}", f"--sample={sample}", f"--timeout={TIMEOUT_S}",
-        "--tb=short", str(file),
+        "-p", "no:warnings", *(word for name in plug_ins for word in ("-p", name)), f"--report={part.resolve()}",
+        f"--shard={index}/{count}", f"--sample={sample}", f"--timeout={TIMEOUT_S}", "--tb=short", "-k", again,
+        str(file),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": str(ROOT)}  # fmt: skip
     ran = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)  # some write beside them
     if ran.returncode not in (0, 1, 5):  # tests failed, or there were none
         last = (ran.stdout.strip().splitlines() or ["nothing"])[-1]
+        said = f"pytest ended with {ran.returncode}: {_reason(ran.stdout + ran.stderr) or last}"
         row = {"test": f"{file.relative_to(_package())}::", "outcome": "failed", "predictions": 0, "seconds": 0,
-               "message": f"pytest ended with {ran.returncode}: {_reason(ran.stdout) or last}"}  # fmt: skip
+               "message": said}  # fmt: skip
         with part.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
     part.touch()
@@ -139,10 +143,10 @@ def _reason(text: str) -> str:
 
 
 def read(out: Path) -> Iterable[dict[str, object]]:
-    """All lines of all reports."""
-    for report in sorted(out.glob("*.jsonl")):
-        for line in report.read_text().splitlines():
-            yield json.loads(line)
+    """A row a test, as the newest report has it."""
+    reports = sorted(out.glob("*.jsonl"), key=lambda report: report.stat().st_mtime_ns)
+    rows = (json.loads(line) for report in reports for line in report.read_text().splitlines())
+    return {row["test"]: row for row in rows}.values()
 
 
 def group_of(test: str) -> str:

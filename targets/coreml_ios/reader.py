@@ -1,7 +1,7 @@
 """Reads an .mlpackage back without Apple's code: the program, its interface, its constants, bit for bit.
 
 The files come from outside: every offset, size, type and shape is checked before it is used, and nothing is allocated
-that the bytes of the files do not pay for (by a fixed factor).
+that the bytes of the files do not pay for: by a fixed factor, and 2^24 values where one stands for all.
 
 weight.bin: a header of 64 bytes (uint32 count, uint32 version 2), then blobs. A blob is a record of 64 bytes at the
 offset that the program names (uint32 sentinel, uint32 type, uint64 bytes, uint64 data offset, uint64 padding bits), its
@@ -161,7 +161,7 @@ class Weights:
         if path.stat().st_size < HEADER.size:
             raise ArtifactError(f"weight.bin has {path.stat().st_size} bytes, less than its header")
         self.data = np.memmap(path, np.uint8, "c")  # writable, so that torch takes it; what is written stays in memory
-        self.count, version = HEADER.unpack(self.data[: HEADER.size].tobytes())
+        _, version = HEADER.unpack(self.data[: HEADER.size].tobytes())
         if version != VERSION:
             raise ArtifactError(f"weight.bin is of version {version}; version {VERSION} is read")
 
@@ -191,9 +191,23 @@ def open_package(path: Path) -> tuple[Any, Weights | None]:
     Raises:
         ArtifactError: a file is missing, truncated, or says what cannot be.
     """
-    model = path / "Data" / _items(path)[0]
-    weights = model.parent / WEIGHTS
-    return _specification(model), Weights(weights) if weights.is_file() else None
+    try:
+        model = path / "Data" / _items(path)[0]
+        weights = model.parent / WEIGHTS
+        for inside in (path / "Manifest.json", model, weights):
+            _require_inside(inside, path)
+        return _specification(model), Weights(weights) if weights.is_file() else None
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+
+
+def _require_inside(file: Path, package: Path) -> None:
+    """Refuse a link on the way from a package to its file: it may lead anywhere."""
+    for step in (file, *file.parents):
+        if step == package:
+            return
+        if step.is_symlink():
+            raise ArtifactError(f"{step} is a link; copy the package with what its links lead to (cp -RL)")
 
 
 def _require_ours(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from exporter.errors import ArtifactError, PocketError
 from targets.coreml_ios.backend import proto
-from targets.coreml_ios.executor.values import FLOATS, Declared, Value, rounded
+from targets.coreml_ios.executor.values import FLOATS, LARGEST, Declared, Value, rounded
 
 _ARRAYS = proto.FeatureTypes_pb2.ArrayFeatureType
 KINDS = {_ARRAYS.FLOAT32: "fp32", _ARRAYS.FLOAT16: "fp16", _ARRAYS.INT32: "int32", _ARRAYS.DOUBLE: "fp64",
@@ -22,6 +23,8 @@ LIMITS = {"int32": (-(2**31), 2**31 - 1), "int8": (-128, 127)}
 SINGLE = {"stringType": str, "int64Type": int, "doubleType": float, "dictionaryType": dict}  # what a classifier gives
 _COLORS = proto.FeatureTypes_pb2.ImageFeatureType
 MODES = {_COLORS.RGB: "RGB", _COLORS.BGR: "RGB", _COLORS.GRAYSCALE: "L", _COLORS.GRAYSCALE_FLOAT16: "F"}
+
+MOST_DIMENSIONS = 32
 
 Sizes = Sequence[tuple[int, int]]  # least and most of each; the most is below zero where there is no bound
 
@@ -42,7 +45,7 @@ def taken(feature: Any, given: Any, declared: Declared) -> Tensor:
         return _pixels(feature, given)
     if kind != "multiArrayType":
         raise ArtifactError(f"input {feature.name} is of type {kind}; an ML program takes arrays and images")
-    array = _array(feature.name, given)
+    array = array_of(f"input {feature.name}", given)
     if declared.shape == () and array.size == 1:  # described as [1]
         array = array.reshape([])
     else:
@@ -63,7 +66,7 @@ def given_back(feature: Any, value: Value, *, keep_float32: bool = False) -> Any
     """
     described = feature.type.WhichOneof("Type")
     if described == "imageType":
-        return _image(feature, value)
+        return _image(feature, value, keep_float32)
     if described == "multiArrayType" and isinstance(value, Tensor):
         kind = _kind(feature)
         kept = "fp32" if keep_float32 and kind == "fp16" else kind
@@ -76,13 +79,19 @@ def given_back(feature: Any, value: Value, *, keep_float32: bool = False) -> Any
 
 
 def default(feature: Any) -> NDArray[Any] | None:
-    """What stands for an input that is left out, or None where it may not be."""
+    """What stands for an input that is left out, or None where it may not be.
+
+    Raises:
+        ArtifactError: its shape is none.
+    """
     array = feature.type.multiArrayType
     field = array.WhichOneof("defaultOptionalValue")
     if not feature.type.isOptional or field is None:
         return None
-    value = np.asarray(getattr(array, field))
-    return np.broadcast_to(value, tuple(array.shape))
+    shape = tuple(array.shape)
+    if len(shape) > MOST_DIMENSIONS or min(shape, default=0) < 0 or math.prod(shape) > LARGEST:
+        raise ArtifactError(f"input {feature.name} is described as {list(shape)}, which no array is")
+    return np.broadcast_to(np.asarray(getattr(array, field)), shape)
 
 
 def _kind(feature: Any) -> str:
@@ -93,31 +102,40 @@ def _kind(feature: Any) -> str:
     return KINDS[number]
 
 
-def _array(name: str, given: Any) -> NDArray[Any]:
-    if isinstance(given, Tensor):
-        given = given.detach().cpu()
-        given = (given.float() if given.dtype == torch.bfloat16 else given).numpy()
+def array_of(name: str, given: Any) -> NDArray[Any]:
+    """What a caller gives as an array of numbers.
+
+    Raises:
+        PocketError: it is none.
+    """
     try:
+        if isinstance(given, Tensor):
+            given = given.detach().cpu()
+            given = (given.float() if given.dtype == torch.bfloat16 else given).numpy()
         array = np.asarray(given)
-    except ValueError as error:  # rows of unequal length
-        raise PocketError(f"input {name} is given no array: {error}") from None
+    except (ValueError, TypeError) as error:  # rows of unequal length; a sparse tensor
+        raise PocketError(f"{name} is given no array: {error}") from None
     if array.dtype.kind not in "fiub":
-        raise PocketError(f"input {name} is given {type(given).__name__}; it takes an array of numbers")
+        raise PocketError(f"{name} is given {type(given).__name__}; it takes an array of numbers")
     return array
 
 
 def _numbers(feature: Any, array: NDArray[Any]) -> Tensor:
-    """In the type that is described: floats are rounded to it, or cut off behind the point; integers must fit."""
+    """In the type that is described: floats are rounded to it, or cut off behind the point.
+
+    What becomes an integer must fit; infinity becomes the nearest, NaN 0.
+    """
     kind = _kind(feature)
     if kind in FLOATS:
         with np.errstate(over="ignore"):  # beyond float32 is infinite
             return rounded(torch.from_numpy(np.array(array, np.float32)), kind)
-    if array.dtype.kind != "f" and array.size:
-        least, most = int(array.min()), int(array.max())
-        lowest, highest = LIMITS[kind]
+    lowest, highest = LIMITS[kind]
+    numbers = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+    if numbers.size:
+        least, most = int(numbers.min()), int(numbers.max())
         if least < lowest or most > highest:
             said = f"{least} to {most}; it takes {kind}, {lowest} to {highest}"
-            raise PocketError(f"input {feature.name} is given whole numbers of {said}")
+            raise PocketError(f"input {feature.name} is given numbers of {said}")
     return rounded(torch.from_numpy(np.array(array, np.float64)), kind)
 
 
@@ -205,14 +223,16 @@ def _pixels(feature: Any, given: Any) -> Tensor:
         raise PocketError(f"input {feature.name} is given {found}; it takes a PIL image of mode {wanted}")
     array = np.array(given, np.float32)
     _require_allowed(feature, array.shape[:2])
-    pixels = torch.from_numpy(array).reshape(*array.shape[:2], -1).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(array).reshape(*array.shape[:2], 3 if mode == "RGB" else 1).permute(2, 0, 1)[None]
+    if mode == "F":
+        return rounded(pixels, "fp16")
     return pixels.flip(1) if feature.type.imageType.colorSpace == _COLORS.BGR else pixels
 
 
-def _image(feature: Any, value: Value) -> Any:
+def _image(feature: Any, value: Value, keep_float32: bool) -> Any:
     """A PIL image of [1, channels, height, width] or [channels, height, width]: RGBA, L or F.
 
-    Floats become bytes as in Apple's vImage: the nearest of 0 to 255.
+    Floats become bytes as in Apple's vImage: the nearest of 0 to 255. Pixels of an F are half floats.
     """
     from PIL import Image
 
@@ -223,7 +243,7 @@ def _image(feature: Any, value: Value) -> Any:
         raise ArtifactError(f"output {feature.name} is an image of {channels} channels, and came out as {found}")
     pixels = value.reshape(value.shape[-3:])
     if mode == "F":
-        return Image.fromarray(pixels[0].float().numpy())
+        return Image.fromarray(rounded(pixels[0], "fp16", keep_float32=keep_float32).numpy())
     whole = pixels.float().nan_to_num(0).add(0.5).floor().clamp(0, 255).to(torch.uint8)
     if mode == "L":
         return Image.fromarray(whole[0].numpy())

@@ -18,6 +18,7 @@ from targets.coreml_ios.executor.values import CARRIED, Declared, State, Value, 
 KEPT_BYTES = 2**28  # of constants that are kept decoded, as float32
 TINY_BYTES = 2**10  # of a constant that is kept decoded in any case: an axis, a shape, an epsilon
 MOST_ROUNDS = 2**17  # of all loops of one run
+MOST_BYTES = 2**34  # of the values of one run that are alive at once
 Observer = Callable[[Operation, Sequence[Value]], None]
 
 
@@ -76,6 +77,7 @@ class Machine:
         self._keep, self._observe = keep_float32, observe
         self._constants = Constants()
         self._rounds = 0  # of all loops of one run
+        self._bytes = 0  # of the values that are alive
 
     def run(self, block: Block, inputs: Sequence[Value], states: MutableMapping[str, Tensor]) -> list[Value]:
         """What a function gives.
@@ -88,7 +90,7 @@ class Machine:
         Raises:
             ArtifactError: an operation cannot be computed; it is named.
         """
-        self._rounds = 0
+        self._rounds = self._bytes = 0
         given = iter(inputs)
         values: dict[str, Value] = {}
         for name, declared in block.inputs:
@@ -102,14 +104,24 @@ class Machine:
         return value
 
     def _block(self, block: Block, values: dict[str, Value], states: MutableMapping[str, Tensor]) -> list[Value]:
+        before = self._bytes
         for operation in block.operations:
             results = self._operation(operation, values, states)
+            self._hold(operation, results)
             if self._observe:
                 self._observe(operation, results)
             values.update(zip((name for name, _ in operation.outputs), results))
             for name in operation.last_used:
-                del values[name]
+                self._bytes -= _bytes(values.pop(name))
+        self._bytes = before  # what is given back, the operation that has the block counts
         return [self._argument(argument, values) for argument in block.outputs]
+
+    def _hold(self, operation: Operation, results: Sequence[Value]) -> None:
+        """Count what is alive at once; a value that is a view of another is counted as if it were its own."""
+        self._bytes += sum(map(_bytes, results))
+        if self._bytes > MOST_BYTES:
+            raise ArtifactError(f"{operation.type} {operation.name}: values of {self._bytes} bytes are alive at once; "
+                                f"up to {MOST_BYTES} are held")  # fmt: skip
 
     def _operation(
         self, operation: Operation, values: dict[str, Value], states: MutableMapping[str, Tensor]
@@ -150,14 +162,17 @@ class Machine:
     ) -> Sequence[Value]:  # fmt: skip
         condition, body = operation.blocks
         while True:
-            names = dict(zip((name for name, _ in condition.inputs), given, strict=True))
-            if not bool(self._block(condition, {**values, **names}, states)[0]):
+            if not bool(self._block(condition, {**values, **self._bound(condition, given)}, states)[0]):
                 return given
             self._rounds += 1
             if self._rounds > MOST_ROUNDS:
                 raise ArtifactError(f"loops that have not ended after {MOST_ROUNDS} rounds")
-            names = dict(zip((name for name, _ in body.inputs), given, strict=True))
-            given = self._block(body, {**values, **names}, states)
+            given = self._block(body, {**values, **self._bound(body, given)}, states)
+
+    def _bound(self, block: Block, given: Sequence[Value]) -> dict[str, Value]:
+        """What a block is given, by its names, in the types and shapes that it declares."""
+        pairs = zip(given, block.inputs, strict=True)
+        return {name: self._output(value, declared, False, f"input {name}") for value, (name, declared) in pairs}
 
     def _declared(self, operation: Operation, results: Sequence[Value]) -> list[Value]:
         if len(results) < len(operation.outputs):
@@ -165,12 +180,12 @@ class Machine:
         is_rounded = operation.is_rounded
         return [self._output(value, declared, is_rounded) for value, (_, declared) in zip(results, operation.outputs)]
 
-    def _output(self, value: Value, declared: Declared, is_rounded: bool) -> Value:
+    def _output(self, value: Value, declared: Declared, is_rounded: bool, name: str = "its output") -> Value:
         if not isinstance(value, Tensor) or declared.kind not in CARRIED:
             return value
         if not is_rounded:
             value = rounded(value, declared.kind, keep_float32=self._keep)
-        require_shape(value, declared, "its output")
+        require_shape(value, declared, name)
         return value
 
     def _argument(self, argument: Any, values: Mapping[str, Value]) -> Value:
@@ -181,6 +196,10 @@ class Machine:
         if isinstance(argument, Strings):
             return argument.value
         return [self._argument(one, values) for one in argument]
+
+
+def _bytes(value: Value) -> int:
+    return value.nbytes if isinstance(value, Tensor) else 0
 
 
 def _state(value: Value) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from exporter.errors import ArtifactError, PocketError
 from targets.coreml_ios.executor import features
 from targets.coreml_ios.executor.machine import Machine, Observer
 from targets.coreml_ios.executor.program import Block, Reader
-from targets.coreml_ios.executor.values import Declared, rounded
+from targets.coreml_ios.executor.values import Declared, require_room, rounded
 from targets.coreml_ios.reader import Weights, open_package
 
 NOTE = "reference executor on Linux, not Apple's runtime"
@@ -46,12 +47,13 @@ class ReferenceState:
         """Give a state a value.
 
         Raises:
-            PocketError: there is none of that name, or its shape is another.
+            PocketError: there is none of that name, it is no array of numbers, or its shape is another.
         """
-        shape, given = list(self._known(name).shape), list(np.shape(value))
+        array = features.array_of(f"state {name}", value)
+        shape, given = list(self._known(name).shape), list(array.shape)
         if shape != given:
             raise PocketError(f"state {name} has the shape {shape}, the value {given}")
-        self.values[name] = rounded(torch.from_numpy(np.array(value, np.float32)), self._kinds[name])
+        self.values[name] = rounded(torch.from_numpy(np.array(array, np.float32)), self._kinds[name])
 
     def _known(self, name: str) -> Tensor:
         if name not in self.values:
@@ -149,7 +151,7 @@ class ReferenceModel:
 
     def _taken(self, data: Mapping[str, Any]) -> list[Any]:
         known = {feature.name: feature for feature in self.description.input}
-        if strange := sorted(set(data) - set(known)):
+        if strange := sorted(map(str, set(data) - set(known))):
             raise PocketError(f"no input named {strange[0]!r}; the program takes {', '.join(known)}")
         values = []
         for name, declared in self._block.inputs:
@@ -188,11 +190,12 @@ def _states(description: Any, block: Block) -> dict[str, Declared]:
     """States by name.
 
     Raises:
-        ArtifactError: one is of unknown shape, or of a type that is no state's.
+        ArtifactError: one is of unknown shape, or of a type that is no state's, or they are enormous.
     """
     declared = dict(block.inputs)
     states = {state.name: declared[state.name] for state in description.state}
     for name, said in states.items():
         if said.shape is None or None in said.shape or said.kind not in STATE_KINDS:
             raise ArtifactError(f"state {name!r} is {said.kind} of shape {said.shape}, which is not held here")
+    require_room(sum(math.prod(size or 0 for size in said.shape or ()) for said in states.values()))
     return states

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +97,7 @@ class Reader:
 
     def __init__(self, weights: Weights | None) -> None:
         self._weights = weights
-        self._kinds: dict[str, str] = {}  # of what was read last under a name
+        self._kinds: ChainMap[str, str] = ChainMap()  # of what was read last under a name
 
     def function(self, specification: Any, name: str) -> Block:
         """A function as a block; its states are among its inputs.
@@ -109,21 +110,24 @@ class Reader:
         inputs = [(given.name, declared(given.type, given.name)) for given in function.inputs]
         return self._block(block, inputs, {}, 0)
 
-    def _block(self, block: Any, inputs: Sequence[tuple[str, Declared]], outer: Mapping[str, Any], depth: int) -> Block:
+    def _block(
+        self, block: Any, inputs: Sequence[tuple[str, Declared]], outer: MutableMapping[str, Any], depth: int
+    ) -> Block:
         if depth == DEEPEST:
             raise ArtifactError(f"the program has blocks more than {DEEPEST} deep")
-        scope: dict[str, Any] = {**outer, **{name: name for name, _ in inputs}}
-        self._kinds |= {name: said.kind for name, said in inputs}
+        scope = ChainMap({name: name for name, _ in inputs}, outer)
+        self._kinds.update({name: said.kind for name, said in inputs})
         operations = [read for said in block.operations if (read := self._operation(said, scope, depth))]
         outputs = [_found(name, scope, "the block") for name in block.outputs]
         return Block(inputs, _with_last_uses(operations, outputs), outputs, list(block.outputs))
 
-    def _operation(self, said: Any, scope: dict[str, Any], depth: int) -> Operation | None:
+    def _operation(self, said: Any, scope: MutableMapping[str, Any], depth: int) -> Operation | None:
         """An operation, or None for a constant; its outputs come into scope."""
         outputs = [(output.name, declared(output.type, output.name)) for output in said.outputs]
         name = f"{said.type} {outputs[0][0] if outputs else ''}".strip()
-        for output, _ in outputs:
-            if output in scope:
+        made = [output for output, _ in outputs]
+        for place, output in enumerate(made):
+            if output in scope or output in made[:place]:
                 raise ArtifactError(f"{name}: {output!r} is made twice")
         inputs = {key: self._argument(key, argument, scope, name) for key, argument in said.inputs.items()}
         inputs |= {key: self._value(value, f"{name}.{key}") for key, value in said.attributes.items() if key != "name"}
@@ -135,7 +139,7 @@ class Reader:
             self._require_one_kind(inputs, name)
         blocks = [self._nested(block, scope, depth) for block in said.blocks]
         scope.update({output: output for output, _ in outputs})
-        self._kinds |= {output: said.kind for output, said in outputs}
+        self._kinds.update({output: said.kind for output, said in outputs})
         is_rounded = said.type in PASSING_ON and self._passed_on(inputs) == {said.kind for _, said in outputs}
         return Operation(said.type, inputs, outputs, blocks, is_rounded=is_rounded)
 
@@ -154,12 +158,11 @@ class Reader:
         if kept != written:
             raise ArtifactError(f"{name} writes {written} to a state of {kept}")
 
-    def _nested(self, block: Any, scope: Mapping[str, Any], depth: int) -> Block:
+    def _nested(self, block: Any, scope: MutableMapping[str, Any], depth: int) -> Block:
         inputs = [(given.name, declared(given.type, given.name)) for given in block.inputs]
-        outer = self._kinds
-        self._kinds = dict(outer)
+        self._kinds = self._kinds.new_child()
         read = self._block(block, inputs, scope, depth + 1)
-        self._kinds = outer
+        self._kinds = self._kinds.parents
         return read
 
     def _argument(self, key: str, argument: Any, scope: Mapping[str, Any], name: str) -> Any:
@@ -229,8 +232,8 @@ def _constants(
 ) -> Iterable[tuple[str, Any]]:
     """A constant's outputs by name."""
     if kind == "const":
-        if list(inputs) != ["val"] or len(outputs) != 1:
-            raise ArtifactError(f"{name}: a const has one val and one output")
+        if list(inputs) != ["val"] or len(outputs) != 1 or not isinstance(inputs["val"], Place | Strings):
+            raise ArtifactError(f"{name}: a const has one val, of its own, and one output")
         value, (output, said) = inputs["val"], outputs[0]
         return [(output, replace(value, declared=said) if isinstance(value, Place) else value)]
     kinds = {key: Strings if key == "output_dtype" else Place for key in inputs}

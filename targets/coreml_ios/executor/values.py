@@ -1,7 +1,8 @@
 """Values while a program runs, and the rounding of a result to the type that the program declares for it.
 
-Tensors are carried in three types, whatever they are declared as: float32 for every float, int32 for every integer,
-bool. So an operation computes in float32, and what it gives is rounded once, to its declared type:
+Tensors are carried in three types, whatever they are declared as: float32 for every float, int32 for every integer
+(Core ML computes with none that is wider), bool. So an operation computes in float32, and what it gives is rounded
+once, to its declared type:
 
 - fp16: to the nearest float16, ties to even; what is beyond 65504 becomes infinite,
 - int8, uint8, int16, uint16: the low bits, as a conversion in C does,
@@ -34,11 +35,13 @@ class List:
         items: The tensors; None where none was written yet.
         shape: Of an element, as far as it is known.
         is_dynamic: It grows where an item is written beyond its end.
+        kind: MIL's name of the type of its elements' values.
     """
 
     items: list[Tensor | None] = field(default_factory=list)
     shape: tuple[int | None, ...] = ()
     is_dynamic: bool = True
+    kind: str = "fp32"
 
 
 Value = Any  # Tensor | str | list[str] | dict[str | int, float] | List | State | list[Value]

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from targets.coreml_ios.executor.values import List, Value, flag, require_broadcast_room, require_room, whole, wholes
+from targets.coreml_ios.executor.values import (
+    CARRIED,
+    List,
+    Value,
+    flag,
+    require_broadcast_room,
+    require_room,
+    whole,
+    wholes,
+)
 
 LONGEST = 2**20  # items of a list
 
@@ -31,7 +40,9 @@ def make_list(
     """A list of `init_length` zeros; a size in `elem_shape` that is a word is known when an item is written."""
     shape = tuple(None if isinstance(size, str) else whole(size) for size in elem_shape)
     require_room(1 if None in shape else torch.Size([size for size in shape if size is not None]).numel())
-    return List([None] * _length(whole(init_length)), shape, flag(dynamic_length))
+    if dtype not in CARRIED:
+        raise ValueError(f"a list of {dtype!r}; lists of numbers are made here")
+    return List([None] * _length(whole(init_length)), shape, flag(dynamic_length), dtype)
 
 
 def list_write(ls: List, index: Tensor, value: Tensor) -> List:
@@ -41,14 +52,13 @@ def list_write(ls: List, index: Tensor, value: Tensor) -> List:
 
 def list_read(ls: List, index: Tensor) -> Tensor:
     """The item at `index`."""
-    return _item(ls, whole(index))
+    return _items(ls, [whole(index)])[0]
 
 
 def list_gather(ls: List, indices: Tensor) -> Tensor:
     """The items at `indices`, stacked: [indices, ...]."""
-    items = [_item(ls, index) for index in wholes(indices)]
-    require_room(sum(item.numel() for item in items))
-    return torch.stack(items) if items else torch.zeros(0, *_item_shape(ls))
+    items = _items(ls, wholes(indices))
+    return torch.stack(items) if items else _zeros(ls)[None][:0]
 
 
 def list_scatter(ls: List, indices: Tensor, value: Tensor) -> List:
@@ -63,14 +73,22 @@ def _written(ls: List, places: Iterable[tuple[int, Tensor]]) -> List:
             raise IndexError(f"index {index} is outside a list of {len(items)}")
         items += [None] * (_length(index + 1) - len(items))
         items[index] = value
-    return List(items, ls.shape, ls.is_dynamic)
+    return List(items, ls.shape, ls.is_dynamic, ls.kind)
 
 
-def _item(ls: List, index: int) -> Tensor:
-    if not 0 <= index < len(ls.items):
-        raise IndexError(f"index {index} is outside a list of {len(ls.items)}")
-    item = ls.items[index]
-    return torch.zeros(_item_shape(ls)) if item is None else item
+def _items(ls: List, indices: Sequence[int]) -> list[Tensor]:
+    for index in indices:
+        if not 0 <= index < len(ls.items):
+            raise IndexError(f"index {index} is outside a list of {len(ls.items)}")
+    zeros = _zeros(ls) if any(ls.items[index] is None for index in indices) else torch.empty(0)  # one for all
+    found = [zeros if (item := ls.items[index]) is None else item for index in indices]
+    require_room(sum(item.numel() for item in found))
+    return found
+
+
+def _zeros(ls: List) -> Tensor:
+    """What stands where nothing was written."""
+    return torch.zeros(_item_shape(ls), dtype=CARRIED[ls.kind])
 
 
 def _item_shape(ls: List) -> Sequence[int]:

@@ -14,7 +14,11 @@ RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 def quantize(
     input: Tensor, scale: Tensor, output_dtype: str, zero_point: Tensor | None = None, axis: Value = None
 ) -> Tensor:
-    """Give clip(round(input / scale) + zero_point), to nearest and ties to even; NaN becomes 0."""
+    """Give clip(round(input / scale) + zero_point), to nearest and ties to even; NaN becomes 0.
+
+    The quotient is a float32, as in every operation here; coremltools folds constants of float16 with one of float16,
+    which at ties and near them gives a neighbour.
+    """
     least, most = RANGES[output_dtype]
     steps = (input / _along(scale, input, axis)).round()
     if zero_point is not None:

@@ -16,8 +16,8 @@ from torch.nn.functional import hardtanh, linear
 from targets.coreml_ios.executor.values import flag, number, require_room
 
 LONGEST = 2**20  # steps of a sequence
-State = tuple[Tensor, ...]  # [b, H] each: the hidden state first
-Step = Callable[[Tensor, State], State]  # of an input's share of the gates [b, gates * H] and a state
+Hidden = tuple[Tensor, ...]  # [b, H] each: the hidden state first
+Step = Callable[[Tensor, Hidden], Hidden]  # of an input's share of the gates [b, gates * H] and a state
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -33,13 +33,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def rnn(
     x: Tensor, initial_h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
     direction: str = "forward", output_sequence: Tensor | bool = False, activation: str = "tanh",
-) -> State:  # fmt: skip
+) -> Hidden:  # fmt: skip
     """`h = activation(W_ih x + W_hh h + b)`."""
     act = _activation(activation)
 
-    def step(of_input: Tensor, state: State) -> State:
+    def step(of_input: Tensor, state: Hidden) -> Hidden:
         return (act(of_input + linear(state[0], weight_hh)),)
 
+    _require_fit(x, (initial_h,), weight_ih, weight_hh, (bias, 1))
     outputs, state = _walk(x, weight_ih, bias, (initial_h,), step, _is_reverse(direction))
     return _outputs(outputs, state, output_sequence)
 
@@ -48,16 +49,18 @@ def gru(
     x: Tensor, initial_h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
     direction: str = "forward", output_sequence: Tensor | bool = False, recurrent_activation: str = "sigmoid",
     activation: str = "tanh", reset_after: Tensor | bool = False, input_bias: Tensor | None = None,
-) -> State:  # fmt: skip
-    """`r, z = act(W_i x + b_i + W_h h + b)`, `o = act(W_io x + b_io + W_ho (r h) + b_o)`, `h = (1 - z) o + z h`.
+) -> Hidden:  # fmt: skip
+    """`r, z = gate(W_i x + b_i + W_h h + b)`, `o = act(W_io x + b_io + W_ho (r h) + b_o)`, `h = (1 - z) o + z h`.
 
-    With `reset_after`: `o = act(W_io x + b_io + r (W_ho h + b_o))`. Gates lie in the order r, o, z.
+    With `reset_after`: `o = act(W_io x + b_io + r (W_ho h + b_o))`. Gates lie in the order r, o, z; `gate` is
+    `recurrent_activation`, `act` is `activation`.
     """
     gate, act, is_after = _activation(recurrent_activation), _activation(activation), flag(reset_after)
+    _require_fit(x, (initial_h,), weight_ih, weight_hh, (bias, 3), (input_bias, 3))
     weight_r, weight_o, weight_z = weight_hh.chunk(3)
     bias_r, bias_o, bias_z = (0, 0, 0) if bias is None else bias.chunk(3)
 
-    def step(of_input: Tensor, state: State) -> State:
+    def step(of_input: Tensor, state: Hidden) -> Hidden:
         (h,) = state
         x_r, x_o, x_z = of_input.chunk(3, dim=1)
         r = gate(x_r + linear(h, weight_r) + bias_r)
@@ -75,16 +78,18 @@ def lstm(
     bias_back: Tensor | None = None, peephole_back: Tensor | None = None, direction: str = "forward",
     output_sequence: Tensor | bool = False, recurrent_activation: str = "sigmoid", cell_activation: str = "tanh",
     activation: str = "tanh", clip: Tensor | None = None,
-) -> State:  # fmt: skip
-    """`i, f, o = act(W x + W h + b + p c)`, `z = act(W x + W h + b)`, `c = clip(f c + i z)`, `h = o act(c)`.
+) -> Hidden:  # fmt: skip
+    """`i, f, o = gate(W x + W h + b + p c)`, `z = cell(W x + W h + b)`, `c = clip(f c + i z)`, `h = o act(c)`.
 
-    Gates lie in the order i, f, o, z; peepholes p in the order i, f, o, and that of o sees the new c. A bidirectional
-    layer has both directions' states beside each other, [b, 2 H], and outputs likewise.
+    `gate` is `recurrent_activation`, `cell` is `cell_activation`, `act` is `activation`. Gates lie in the order i, f,
+    o, z; peepholes p in the order i, f, o, and that of o sees the new c. A bidirectional layer has both directions'
+    states beside each other, [b, 2 H], and outputs likewise.
     """
     acts = [_activation(name) for name in (recurrent_activation, cell_activation, activation)]
     limit = number(clip, float("inf"))
 
-    def walk(state: State, w_x: Tensor, w_h: Tensor, b: Tensor | None, p: Tensor | None, is_reverse: bool) -> Any:
+    def walk(state: Hidden, w_x: Tensor, w_h: Tensor, b: Tensor | None, p: Tensor | None, is_reverse: bool) -> Any:
+        _require_fit(x, state, w_x, w_h, (b, 4), (p, 3))
         return _walk(x, w_x, b, state, _lstm_step(w_h, p, acts, limit), is_reverse)
 
     if direction != "bidirectional":
@@ -106,7 +111,7 @@ def _lstm_step(
     gate, cell, act = activations
     p_i, p_f, p_o = (0, 0, 0) if peephole is None else peephole.chunk(3)
 
-    def step(of_input: Tensor, state: State) -> State:
+    def step(of_input: Tensor, state: Hidden) -> Hidden:
         h, c = state
         i, f, o, z = (of_input + linear(h, weight)).chunk(4, dim=1)
         new = gate(f + p_f * c) * c + gate(i + p_i * c) * cell(z)
@@ -116,9 +121,23 @@ def _lstm_step(
     return step
 
 
+def _require_fit(
+    x: Tensor, states: Hidden, weight_ih: Tensor, weight_hh: Tensor, *vectors: tuple[Tensor | None, int]
+) -> None:
+    """Hold states, weights, and vectors of so many values a channel to each other: torch would broadcast them."""
+    hidden = weight_hh.shape[-1]
+    shapes = [list(state.shape) for state in states]
+    if any(shape != [x.shape[1], hidden] for shape in shapes) or len(weight_ih) != len(weight_hh):
+        given = f"states of {shapes}, weights of {list(weight_ih.shape)} and {list(weight_hh.shape)}"
+        raise ValueError(f"{given} do not go with a sequence of {list(x.shape)}")
+    for vector, count in vectors:
+        if vector is not None and vector.shape != (count * hidden,):
+            raise ValueError(f"biases or peepholes of {list(vector.shape)}; {hidden} channels take {count * hidden}")
+
+
 def _walk(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: State, step: Step, is_reverse: bool
-) -> tuple[Tensor, State]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Hidden, step: Step, is_reverse: bool
+) -> tuple[Tensor, Hidden]:
     """Hidden states of every step [s, b, H], in the order of the steps, and the state after the last."""
     steps, batch, _ = x.shape
     require_room(steps * batch * len(weight))
@@ -132,7 +151,7 @@ def _walk(
     return torch.stack(outputs) if outputs else state[0][None][:0], state
 
 
-def _outputs(outputs: Tensor, state: State, output_sequence: Tensor | bool) -> State:
+def _outputs(outputs: Tensor, state: Hidden, output_sequence: Tensor | bool) -> Hidden:
     """The outputs of every step, or of the last, then the state."""
     return outputs if flag(output_sequence) else state[0][None], *state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from targets.coreml_ios.constants import (
     Constant,
     Stored,
     blockwise_shift_scale,
+    lut_to_dense,
     unpack,
 )
 from targets.coreml_ios.executor.machine import Constants
@@ -35,6 +36,7 @@ SCALED, SCALES, TABLES = (
     ("int8", "uint8", "fp16", "fp32"),
 )
 WIDTHS = (1, 2, 3, 4, 6, 8)
+EXTREMES = (0.0, -0.0, np.inf, -np.inf, np.nan, 65504.0, 2.0**-24)
 
 
 # ---- coremltools' operations, and ours of the same parts -------------------------------------------------------
@@ -46,9 +48,10 @@ def typed(values: Any, name: str) -> Array:
 
 
 def numbers(rng: np.random.Generator, name: str, shape: Shape) -> Array:
-    """Any values of a type; floats of many sizes."""
+    """Any values of a type; floats of many sizes, and now and then one of the extremes."""
     if name.startswith("fp"):
-        return typed(rng.normal(size=shape) * 2.0 ** rng.integers(-12, 6, shape), name)
+        plain = rng.normal(size=shape) * 2.0 ** rng.integers(-12, 6, shape)
+        return typed(np.where(rng.random(shape) < 0.1, rng.choice(EXTREMES, shape), plain), name)
     bits = BY_NAME[name].bits
     low = -(2 ** (bits - 1)) if name.startswith("int") else 0
     return typed(rng.integers(low, low + 2**bits, shape), name)
@@ -88,6 +91,9 @@ def require_equal(operation: Any, wanted: Any = None) -> None:
         assert found.dtype == np.dtype(kind)
         assert found.shape == tuple(variable.shape)
         assert np.array_equal(found, array.astype(kind), equal_nan=True), operation
+        is_signed = found.dtype.kind == "f"
+        same_signs = not is_signed or np.array_equal(np.signbit(found), np.signbit(array)) or np.isnan(found).any()
+        assert same_signs, operation
 
 
 @pytest.fixture
@@ -113,7 +119,7 @@ def offsets(data: str) -> tuple[str | None, ...]:
 
 
 @pytest.mark.usefixtures("ios18")
-@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
 def test_blocks_are_scaled_as_coremltools_scales_them(rank: int) -> None:
     rng = np.random.default_rng(rank)
     for data, scale in itertools.product(SCALED, SCALES):
@@ -124,20 +130,21 @@ def test_blocks_are_scaled_as_coremltools_scales_them(rank: int) -> None:
             require_equal(mb.constexpr_blockwise_shift_scale(**parts).op)
 
 
-def a_table(rng: np.random.Generator, rank: int, bits: int, table: str) -> tuple[Shape, dict[str, Any]]:
-    """A shape of indices, and a table with an axis for its vectors."""
-    shape, grid = blocks(rng, rank)
-    width = int(rng.choice([1, 1, 2, 3, 4]))
-    axis = {"vector_axis": np.int32(rng.integers(-rank, rank))} if width > 1 or rng.integers(2) else {}
-    return shape, {"lut": numbers(rng, table, (*grid, 2**bits, width)), **axis}
+def tables(rng: np.random.Generator, bits: int, ranks: Sequence[int]) -> Iterator[tuple[Shape, dict[str, Any]]]:
+    """For every type, rank, axis and width: a shape of indices, and a table with an axis for its vectors."""
+    for rank, table, width in itertools.product(ranks, TABLES, (1, 2, 3, 4, 5, 8)):
+        for axis in range(rank):
+            shape, grid = blocks(rng, rank)
+            given = int(rng.choice([axis, axis - rank]))
+            lut = numbers(rng, table, (*grid, 2**bits, width))
+            yield shape, {"lut": lut, **({"vector_axis": np.int32(given)} if width > 1 or axis else {})}
 
 
 @pytest.mark.usefixtures("ios18")
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_tables_are_read_as_coremltools_reads_them(bits: int) -> None:
     rng = np.random.default_rng(bits)
-    for rank, table, _ in itertools.product((1, 2, 3, 4), TABLES, range(3)):
-        shape, parts = a_table(rng, rank, bits, table)
+    for shape, parts in tables(rng, bits, (1, 2, 3, 4, 5)):
         require_equal(mb.constexpr_lut_to_dense(indices=numbers(rng, f"uint{bits}", shape), **parts).op)
 
 
@@ -166,8 +173,7 @@ def test_kept_values_are_spread_and_scaled_as_coremltools_does(rank: int) -> Non
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_kept_indices_are_read_through_tables_as_coremltools_reads_them(bits: int) -> None:
     rng = np.random.default_rng(bits)
-    for rank, table in itertools.product((1, 2, 3, 4), TABLES):
-        shape, parts = a_table(rng, rank, bits, table)
+    for shape, parts in tables(rng, bits, (1, 2, 3, 4)):
         mask, kept = a_mask(rng, shape)
         indices = numbers(rng, f"uint{bits}", kept)
         require_equal(mb.constexpr_lut_to_sparse(indices_mask=mask, indices_nonzero_data=indices, **parts)[0].op)
@@ -235,15 +241,37 @@ def test_casts_are_coremltools_own(target: Any) -> None:
         )
 
 
-def test_large_constants_are_decoded_in_pieces_as_in_one() -> None:
+def spread(values: Array, shape: Shape) -> Array:
+    """A value for each block as a value for each place."""
+    for axis, size in enumerate(shape):
+        values = np.repeat(values, size // values.shape[axis], axis)
+    return values
+
+
+LARGE = [((3 * CACHED // 64, 128), (CACHED // 64, 2)), ((2, CACHED), (1, 4)), ((3 * CACHED,), (1,))]
+
+
+@pytest.mark.parametrize(("shape", "grid"), LARGE)
+def test_large_constants_are_decoded_in_pieces_as_in_one(shape: Shape, grid: Shape) -> None:
     rng = np.random.default_rng(0)
-    for shape, grid in [((3 * CACHED // 64, 128), (CACHED // 64, 2)), ((2, CACHED), (1, 4)), ((3 * CACHED,), (1,))]:
-        data, scale = numbers(rng, "int4", shape), numbers(rng, "fp16", grid)
-        with np.errstate(all="ignore"):
-            spread = scale
-            for axis, (size, count) in enumerate(zip(shape, grid, strict=True)):
-                spread = np.repeat(spread, size // count, axis)
-            assert np.array_equal(blockwise_shift_scale(data, scale)[0], spread * data.astype(np.float16))
+    data, scale, offset = numbers(rng, "int4", shape), numbers(rng, "fp16", grid), numbers(rng, "int4", grid)
+    with np.errstate(all="ignore"):
+        plain = spread(scale, shape) * data.astype(np.float16)
+        moved = spread(scale, shape) * (data - spread(offset, shape)).astype(np.float16)
+        assert np.array_equal(blockwise_shift_scale(data, scale)[0], plain, equal_nan=True)
+        assert np.array_equal(blockwise_shift_scale(data, scale, offset)[0], moved, equal_nan=True)
+
+
+@pytest.mark.parametrize(("shape", "grid"), LARGE)
+def test_large_tables_are_read_in_pieces_as_in_one(shape: Shape, grid: Shape) -> None:
+    rng = np.random.default_rng(0)
+    indices, table = rng.integers(0, 4, shape).astype(np.uint8), numbers(rng, "fp16", (*grid, 4, 1))
+    wanted = np.choose(indices, [spread(table[..., entry, 0], shape) for entry in range(4)])
+    assert np.array_equal(lut_to_dense(indices, table)[0], wanted, equal_nan=True)
+
+
+def test_large_streams_of_bits_are_unpacked_as_short_ones() -> None:
+    rng = np.random.default_rng(0)
     for name in ("int4", "uint1", "uint2", "uint3", "uint6"):
         kind, count = BY_NAME[name], 8 * CACHED + 5
         data = rng.integers(0, 256, -(-count * kind.bits // 8)).astype(np.uint8)
@@ -306,11 +334,12 @@ def test_constants_in_a_written_package_are_coremltools_own(opset: int, make: An
         made.extend(make(np.random.default_rng(0)))
         return [mb.identity(x=x), *(mb.cast(x=one, dtype="fp32", name=f"y{at}") for at, one in enumerate(made))]
 
-    model = runnable(program, [mb.TensorSpec((1,))], opset)
-    wanted = {f"y{at}": one.op.materialized_val_inference() for at, one in enumerate(made)}
+    with np.errstate(all="ignore"):
+        model = runnable(program, [mb.TensorSpec((1,))], opset)
+        wanted = {f"y{at}": one.op.materialized_val_inference() for at, one in enumerate(made)}
     found = model.predict({"x": np.zeros(1, np.float32)})
     for name, array in wanted.items():
-        assert np.array_equal(found[name], array.astype(np.float32)), name
+        assert np.array_equal(found[name], array.astype(np.float32), equal_nan=True), name
 
 
 # ---- parts that do not fit -------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from exporter.errors import ArtifactError
-from targets.coreml_ios.backend import mb, types
+from targets.coreml_ios.backend import mb, proto, types
+from targets.coreml_ios.executor import ReferenceModel, machine
 from targets.coreml_ios.executor.ops import OPERATIONS, control_flow
-from tests.targets.coreml_ios.executor.programs import runnable
+from targets.coreml_ios.reader import block_of
+from tests.targets.coreml_ios.executor.programs import converted, runnable
 
 X = mb.TensorSpec((3,))
 ONE, TWO = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 2.0])
@@ -84,6 +86,23 @@ def test_lists_that_cannot_be_are_refused() -> None:
         OPERATIONS["list_scatter"](listed(), torch.tensor([0, 1, 2]), torch.stack([ONE, TWO]))
 
 
+def test_whole_numbers_of_a_list_stay_whole() -> None:
+    made = OPERATIONS["make_list"]((1,), index(2), dtype="int32")
+    made = OPERATIONS["list_write"](made, index(0), torch.tensor([2**24 + 1], dtype=torch.int32))
+    found = OPERATIONS["list_gather"](made, torch.tensor([0, 1]))
+    assert found.dtype == torch.int32
+    assert found.tolist() == [[2**24 + 1], [0]]
+    assert OPERATIONS["list_read"](made, index(1)).dtype == torch.int32
+    with pytest.raises(ValueError, match="a list of 'words'; lists of numbers are made here"):
+        OPERATIONS["make_list"]((1,), dtype="words")
+
+
+def test_many_items_that_nothing_was_written_to_take_no_room() -> None:
+    made, indices = listed(2**20, shape=(2**10,)), torch.zeros(2**20, dtype=torch.int32)
+    with pytest.raises(ArtifactError, match=f"a tensor of {2**30} values is more than"):
+        OPERATIONS["list_gather"](made, indices)
+
+
 # ---- programs ----------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +156,43 @@ def test_a_loop_fills_a_list() -> None:
 
     (found,) = runnable(program, [X]).predict({"x": np.float32([1, 2, 3])}).values()
     assert found.tolist() == [[3, 6, 9], [1, 2, 3]]
+
+
+def test_a_branch_may_give_back_what_was_made_before_it() -> None:
+    def program(x: Any) -> Any:
+        before, is_large = mb.add(x=x, y=5.0), mb.greater(x=mb.reduce_sum(x=x), y=1.0)
+        return mb.cond(pred=is_large, _true_fn=lambda: before, _false_fn=lambda: mb.mul(x=x, y=2.0))
+
+    model = runnable(program, [X])
+    for _ in range(2):
+        (found,) = model.predict({"x": np.float32([1, 2, 3])}).values()
+        assert found.tolist() == [6, 7, 8]
+
+
+def test_every_run_has_its_own_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "MOST_ROUNDS", 3)
+
+    def program(x: Any) -> Any:
+        return mb.while_loop(_cond=lambda v: mb.less(x=mb.reduce_max(x=v), y=3.0), _body=lambda v: mb.add(x=v, y=1.0),
+                             loop_vars=(x,))  # fmt: skip
+
+    model = runnable(program, [X])
+    for _ in range(2):
+        (found,) = model.predict({"x": np.zeros(3, np.float32)}).values()
+        assert found.tolist() == [3, 3, 3]
+
+
+def test_what_a_loop_is_given_is_rounded_to_what_its_blocks_declare() -> None:
+    def program(x: Any) -> Any:
+        return mb.while_loop(_cond=lambda v: mb.less(x=mb.reduce_max(x=v), y=1.5), _body=lambda v: mb.mul(x=v, y=2.0),
+                             loop_vars=(x,))  # fmt: skip
+
+    specification = converted(program, [X]).get_spec()
+    (loop,) = (one for one in block_of(specification).operations if one.type == "while_loop")
+    for block in loop.blocks:
+        block.inputs[0].type.tensorType.dataType = proto.MIL_pb2.DataType.FLOAT16
+    (found,) = ReferenceModel.of(specification, None).predict({"x": [1 + 2.0**-12] * 3}).values()
+    assert found.tolist() == [2, 2, 2]
 
 
 def test_a_branch_writes_to_a_state() -> None:

@@ -86,6 +86,40 @@ def test_a_grey_picture_of_float16_is_not() -> None:
     np.testing.assert_array_equal(np.asarray(found), pixels * 2)
 
 
+def test_pixels_of_float16_are_rounded_to_it() -> None:
+    near, made = np.float32([[1 + 2.0**-12, 1e5]]), proto.Model_pb2.FeatureDescription(name="x")
+    made.type.imageType.colorSpace, made.type.imageType.height, made.type.imageType.width = 40, 1, 2
+    assert features.taken(made, Image.fromarray(near), Declared("fp32", None)).tolist() == [[[[1, np.inf]]]]
+    given = torch.from_numpy(near)[None]
+    assert np.asarray(features.given_back(made, given)).tolist() == [[1, np.inf]]
+    np.testing.assert_array_equal(np.asarray(features.given_back(made, given, keep_float32=True)), near)
+
+
+def test_a_picture_of_nothing_is_refused_where_its_size_is() -> None:
+    model = double(ct.colorlayout.RGB, 3, size=(ct.RangeDim(2, 5), ct.RangeDim(3, 3)))
+    with pytest.raises(PocketError, match=r"Size \(0\) of dimension \(0\)"):
+        model.predict({"x": Image.fromarray(np.zeros((0, 3, 3), np.uint8))})
+
+
+def test_pictures_of_several_sizes() -> None:
+    made = proto.Model_pb2.FeatureDescription(name="x")
+    image = made.type.imageType
+    image.colorSpace, image.height, image.width = COLOURS.GRAYSCALE, 4, 3
+    image.enumeratedSizes.sizes.add(height=2, width=6)
+    for size in ((4, 3), (2, 6)):
+        assert list(taken(made, Image.fromarray(drawn(*size))).shape) == [1, 1, *size]
+    with pytest.raises(PocketError, match="it takes 4 x 3 or 2 x 6"):
+        taken(made, Image.fromarray(drawn(3, 4)))
+
+
+def test_a_picture_may_come_out_without_a_batch() -> None:
+    made = proto.Model_pb2.FeatureDescription(name="y")
+    made.type.imageType.colorSpace = COLOURS.RGB
+    pixels = drawn(3, *SIZE)
+    found = np.asarray(features.given_back(made, torch.from_numpy(pixels).float()))
+    np.testing.assert_array_equal(found[..., :3], pixels.transpose(1, 2, 0))
+
+
 def test_a_picture_of_another_mode_or_size_is_refused() -> None:
     model = double(ct.colorlayout.RGB, 3)
     with pytest.raises(PocketError, match="input x is given an image of mode L; it takes a PIL image of mode RGB"):
@@ -105,7 +139,7 @@ def test_a_picture_of_any_size_within_a_range() -> None:
 
 
 @pytest.mark.parametrize(("x", "wanted"), [(-1.0, 0), (0.49, 0), (0.5, 1), (1.5, 2), (254.5, 255), (300.0, 255),
-                                           (float("nan"), 0)])  # fmt: skip
+                                           (float("inf"), 255), (float("nan"), 0)])  # fmt: skip
 def test_floats_become_the_nearest_byte(x: float, wanted: int) -> None:
     made = proto.Model_pb2.FeatureDescription(name="y")
     made.type.imageType.colorSpace = COLOURS.GRAYSCALE
@@ -132,16 +166,20 @@ def test_numbers_are_rounded_to_what_is_described() -> None:
 
 
 def test_whole_numbers_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(PocketError, match=r"input x is given whole numbers of 0 to 2147483648; it takes int32, "):
+    with pytest.raises(PocketError, match=r"input x is given numbers of 0 to 2147483648; it takes int32, "):
         taken(feature(shape=[2], dataType=ARRAYS.INT32), np.array([0, 2**31]))
     with pytest.raises(PocketError, match=r"of -129 to 1; it takes int8, -128 to 127"):
         taken(feature(shape=[2], dataType=ARRAYS.INT8), [1, -129])
+    with pytest.raises(PocketError, match=r"of -1 to 300; it takes int8, -128 to 127"):
+        taken(feature(shape=[2], dataType=ARRAYS.INT8), [300.9, -1.5])
+    assert taken(feature(shape=[2], dataType=ARRAYS.INT8), [127.9, -128.9]).tolist() == [127, -128]
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [([[1], [1, 2]], "input x is given no array: "), (["a"], "input x is given list; it takes an array of numbers"),
-     (None, "input x is given NoneType; it takes"), (np.array([object()]), "it takes an array of numbers")],
+     (None, "input x is given NoneType; it takes"),
+     (torch.eye(2).to_sparse(), "input x is given no array: "), (np.array([object()]), "it takes an array of numbers")],
 )  # fmt: skip
 def test_what_is_no_array_of_numbers_is_refused(given: Any, said: str) -> None:
     with pytest.raises(PocketError, match=said):
@@ -153,7 +191,7 @@ def test_a_single_number_is_described_as_one_of_one() -> None:
     assert features.given_back(feature(), torch.tensor(3.0)).tolist() == [3]
 
 
-def test_an_array_without_a_described_shape_is_the_programs_to_refuse() -> None:
+def test_an_array_without_a_described_shape_may_have_any() -> None:
     assert list(taken(feature(), np.zeros((2, 3))).shape) == [2, 3]
 
 
@@ -196,6 +234,23 @@ def test_an_input_with_a_default_may_be_left_out() -> None:
     assert model.predict({"x": [1, 2], "y": [0, 1]})["sum"].tolist() == [1, 3]
 
 
+def test_an_input_that_is_not_optional_has_no_default() -> None:
+    made = feature(shape=[2], floatDefaultValue=3.0)
+    assert features.default(made) is None
+    made.type.isOptional = True
+    found = features.default(made)
+    assert found is not None
+    assert found.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("shape", [[-1, 2], [1] * 65, [2**62, 4], [2**46]])
+def test_a_default_of_a_shape_that_no_array_has_is_refused(shape: list[int]) -> None:
+    made = feature(shape=shape, floatDefaultValue=3.0)
+    made.type.isOptional = True
+    with pytest.raises(ArtifactError, match=r"input x is described as .*, which no array is"):
+        features.default(made)
+
+
 # ---- what comes out ----------------------------------------------------------------------------------------------
 
 
@@ -205,6 +260,15 @@ def test_what_comes_out_has_the_type_that_is_described(kind: str, numpy: Any) ->
     found = model.predict({"x": [1.5, 2]})["y"]
     assert found.dtype == numpy
     assert found.tolist() == ([1, 2] if kind == "int32" else [1.5, 2])
+
+
+def test_a_single_number_comes_out_where_one_is_described() -> None:
+    made = proto.Model_pb2.FeatureDescription(name="y")
+    made.type.int64Type.SetInParent()
+    assert features.given_back(made, torch.tensor([7], dtype=torch.int32)) == 7
+    made = feature(dataType=ARRAYS.DOUBLE)
+    assert features.given_back(made, torch.tensor([1 + 2.0**-12])).dtype == np.float64
+    assert features.given_back(made, torch.tensor([1 + 2.0**-12])).tolist() == [1 + 2.0**-12]
 
 
 def test_what_comes_out_is_the_callers_own() -> None:

@@ -113,6 +113,31 @@ def test_an_enormous_shape_is_refused_before_it_is_made(bases: dict[str, hostile
         hostile.run(package, dict(bases["shapes"].inputs))
 
 
+@pytest.mark.parametrize("place", ["Data/com.apple.CoreML/weights", "Data/com.apple.CoreML/model.mlmodel", "Data"])
+def test_a_link_out_of_the_package_is_refused(place: str, bases: dict[str, hostile.Base], tmp_path: Path) -> None:
+    package = hostile.write(bases["constants"].files, tmp_path)
+    ReferenceModel(package)
+    (package / place).rename(tmp_path / "outside")
+    (package / place).symlink_to(tmp_path / "outside")
+    with pytest.raises(ArtifactError, match=rf"{place} is a link; copy the package with what its links lead to"):
+        ReferenceModel(package)
+
+
+def test_a_package_may_itself_be_reached_by_a_link(bases: dict[str, hostile.Base], tmp_path: Path) -> None:
+    package = hostile.write(bases["constants"].files, tmp_path)
+    (tmp_path / "link.mlpackage").symlink_to(package)
+    ReferenceModel(tmp_path / "link.mlpackage")
+
+
+def test_a_name_that_no_file_has_is_refused(bases: dict[str, hostile.Base], tmp_path: Path) -> None:
+    """Found in review: the system's own exception came out."""
+    files = bases["constants"].files
+    longer = files["manifest"].replace(b"com.apple.CoreML/model.mlmodel", b"x/" * 3000 + b"model.mlmodel")
+    assert longer != files["manifest"]
+    with pytest.raises(ArtifactError, match=r"damaged.mlpackage cannot be read: .*[Nn]ame too long"):
+        ReferenceModel(hostile.write({**files, "manifest": longer}, tmp_path))
+
+
 def changed(base: hostile.Base, change: Any, folder: Path) -> Path:
     """A package whose specification was changed."""
     specification = proto.Model_pb2.Model()

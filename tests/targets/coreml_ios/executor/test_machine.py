@@ -14,7 +14,7 @@ import torch
 from exporter.errors import ArtifactError
 from targets.coreml_ios.backend import mb, proto, types
 from targets.coreml_ios.constants import Constant
-from targets.coreml_ios.executor import ReferenceModel
+from targets.coreml_ios.executor import ReferenceModel, machine
 from targets.coreml_ios.executor.machine import Constants
 from targets.coreml_ios.executor.ops import OPERATIONS
 from targets.coreml_ios.executor.program import Block, Place, Reader
@@ -49,8 +49,41 @@ def test_a_value_lives_until_it_was_read_last(monkeypatch: pytest.MonkeyPatch) -
     assert alive == [0, 1, 1, 1, 1]
 
 
-def test_inputs_are_not_written_to() -> None:
-    """Every operation makes a new tensor; a state keeps what was written to it also when the input changes."""
+def test_what_is_alive_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(x: Any) -> Any:
+        kept = [mb.mul(x=x, y=factor) for factor in (2.0, 3.0, 4.0)]
+        total = mb.add(x=kept[0], y=kept[1])
+        for _ in range(9):  # of these, one is alive at a time
+            total = mb.square(x=total)
+        return mb.add(x=total, y=kept[2])
+
+    model = runnable(program, [mb.TensorSpec((2**10,))])
+    monkeypatch.setattr(machine, "MOST_BYTES", 4 * 2**12)
+    model.predict({"x": np.zeros(2**10)})
+    monkeypatch.setattr(machine, "MOST_BYTES", 3 * 2**12)
+    with pytest.raises(ArtifactError, match=rf"add .*: values of {2**14} bytes are alive at once; up to {3 * 2**12}"):
+        model.predict({"x": np.zeros(2**10)})
+
+
+def test_an_input_is_rounded_to_what_the_program_declares() -> None:
+    def declare(specification: Any) -> None:
+        specification.mlProgram.functions["main"].inputs[0].type.tensorType.dataType = proto.MIL_pb2.DataType.FLOAT16
+
+    assert changed(declare).predict({"x": [1 + 2.0**-12, 1e5]})["y"].tolist() == [1, np.inf]
+
+
+def test_what_is_written_to_a_state_has_its_shape() -> None:
+    specs = [mb.TensorSpec((2,), dtype=types.fp16), mb.StateTensorSpec((2,), dtype=types.fp16)]
+    specification = converted(lambda x, kept: mb.coreml_update_state(state=kept, value=x, name="y"), specs).get_spec()
+    function = specification.mlProgram.functions["main"]
+    next(one for one in function.inputs if one.name == "x").type.tensorType.dimensions[0].unknown.SetInParent()
+    del specification.description.input[0].type.multiArrayType.shape[:]
+    model = ReferenceModel.of(specification, None)
+    with pytest.raises(ArtifactError, match=r"state kept came out as \[3\]; the program says \[2\]"):
+        model.predict({"x": [1, 2, 3]}, model.make_state())
+
+
+def test_a_state_keeps_what_was_written_also_when_the_input_changes() -> None:
     specs = [mb.TensorSpec((2,), dtype=types.fp16), mb.StateTensorSpec((2,), dtype=types.fp16)]
     model = runnable(lambda x, kept: mb.coreml_update_state(state=kept, value=x, name="y"), specs)
     state, given = model.make_state(), np.float16([1, 2])

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from exporter.errors import ArtifactError, PocketError
-from targets.coreml_ios.backend import ct, mb, quiet, types
+from targets.coreml_ios.backend import ct, mb, proto, quiet, types
 from targets.coreml_ios.executor import ReferenceModel, ReferenceState
+from targets.coreml_ios.reader import block_of
 from tests.targets.coreml_ios.executor.programs import converted, runnable
 
 X = mb.TensorSpec((2,), dtype=types.fp16)
@@ -57,6 +58,7 @@ def test_a_state_is_read_written_and_its_own() -> None:
     assert state.read_state("kept").tolist() == [2, 4]
     assert state.read_state("kept").dtype == np.float16
     state.write_state("kept", np.float32([5, 1 + 2.0**-12]))
+    assert state.values["kept"].tolist() == [5, 1]
     assert model.predict({"x": [0, 0]}, state)["y"].tolist() == [5, 1]
     assert other.read_state("kept").tolist() == [0, 0]
 
@@ -76,6 +78,9 @@ def test_what_is_read_of_a_state_is_a_copy() -> None:
         (lambda: counter().make_state().read_state("k"), "no state named 'k'; there are kept"),
         (lambda: counter().make_state().write_state("kept", np.zeros(3)), r"kept has the shape \[2\], the value \[3\]"),
         (lambda: counter().predict([{"x": [1, 2]}], counter().make_state()), "not with a list of them"),
+        (lambda: counter().make_state().write_state("kept", [[1], [1, 2]]), "state kept is given no array: "),
+        (lambda: counter().make_state().write_state("kept", ["a", "b"]), "state kept is given list; it takes an array"),
+        (lambda: plain().predict({1: [1, 2], "z": 3}), "no input named '1'; the program takes x"),
         (lambda: plain().predict({"z": [1, 2]}), "no input named 'z'; the program takes x"),
         (lambda: plain().predict({}), "input x is missing; the program takes x"),
         (lambda: plain().predict(np.zeros(2)), "predict is given ndarray; it takes inputs by name, or a list"),
@@ -147,16 +152,34 @@ def described_elsewhere(specification: Any) -> None:
     specification.description.functions.add().name = "other"
 
 
-def whole_numbers(specification: Any) -> None:
+def states_of(specification: Any) -> Any:
     function = specification.mlProgram.functions["main"]
-    (kept,) = (given for given in function.inputs if given.name == "kept")
-    kept.type.stateType.wrappedType.tensorType.dataType = 23
+    return next(given for given in function.inputs if given.name == "kept").type.stateType.wrappedType.tensorType
+
+
+def whole_numbers(specification: Any) -> None:
+    """Of a program that neither reads nor writes its state."""
+    states_of(specification).dataType = proto.MIL_pb2.DataType.INT32
+    block = block_of(specification)
+    kept = [one for one in block.operations if one.type not in ("read_state", "write_state")]
+    del block.operations[:]
+    block.operations.extend(kept)
+    block.outputs[0] = specification.description.output[0].name = "x"
+
+
+def enormous(specification: Any) -> None:
+    """Of the most that a tensor may be, several times."""
+    states_of(specification).dimensions[0].constant.size = 2**29
+    function, described = specification.mlProgram.functions["main"], specification.description
+    for several in (function.inputs, described.state):
+        (kept,) = (one for one in several if one.name == "kept")
+        for name in ("second", "third"):
+            several.add().CopyFrom(kept)
+            several[-1].name = name
 
 
 def unknown_size(specification: Any) -> None:
-    function = specification.mlProgram.functions["main"]
-    (kept,) = (given for given in function.inputs if given.name == "kept")
-    kept.type.stateType.wrappedType.tensorType.dimensions[0].unknown.SetInParent()
+    states_of(specification).dimensions[0].unknown.SetInParent()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +188,8 @@ def unknown_size(specification: Any) -> None:
         (undescribed, r"function main takes \['kept', 'x'\]; what is described is \['kept'\]"),
         (renamed, "output 'z' is described, but function main does not give it"),
         (described_elsewhere, "function main is not described"),
-        (whole_numbers, r"int32"),
+        (whole_numbers, r"state 'kept' is int32 of shape \(2,\), which is not held here"),
+        (enormous, r"a tensor of \d+ values is more than the"),
         (unknown_size, r"state 'kept' is fp16 of shape \(None,\), which is not held here"),
     ],
 )

@@ -98,6 +98,24 @@ def leave_out_the_value(specification: Any) -> None:
     del operation(specification, "const").attributes["val"]
 
 
+def give_two_values(specification: Any) -> None:
+    """Constants of constants of constants ... would double at each."""
+    made = block_of(specification).operations.add(type="const")
+    made.outputs.add().CopyFrom(operation(specification, "clip").outputs[0])
+    made.outputs[0].name = "both"
+    for _ in range(2):
+        made.inputs["val"].arguments.add(name=operation(specification, "const").outputs[0].name)
+
+
+def make_one_name_twice(specification: Any) -> None:
+    made = block_of(specification).operations.add(type="split")
+    made.inputs["x"].arguments.add(name="x")
+    for _ in range(2):
+        made.outputs.add().CopyFrom(operation(specification, "clip").outputs[0])
+    for output in made.outputs:
+        output.name = "a"
+
+
 def read_of_nowhere(specification: Any) -> None:
     operation(specification, "clip").inputs["x"].arguments[0].name = "later"
 
@@ -117,7 +135,9 @@ def give_nowhere(specification: Any) -> None:
         (double, "clip y: 'y' is made twice"),
         (read_of_nowhere, "clip y reads 'later', which is not made before it"),
         (give_nowhere, "the block reads 'later', which is not made before it"),
-        (leave_out_the_value, "a const has one val and one output"),
+        (leave_out_the_value, "a const has one val, of its own, and one output"),
+        (give_two_values, "a const has one val, of its own, and one output"),
+        (make_one_name_twice, "split .*: 'a' is made twice"),
         (lambda one: setattr(output(one), "dataType", 77), "y has type number 77, which is not computed here"),
         (lambda one: size(one, 2**40), f"y is said to have a size of {2**40}"),
         (lambda one: size(one, -1 % 2**64), "y is said to have a size of"),

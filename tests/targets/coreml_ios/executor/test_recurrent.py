@@ -172,7 +172,70 @@ def test_a_bidirectional_layer_without_a_way_back_is_refused() -> None:
 
 def test_a_sequence_that_no_memory_holds_is_refused() -> None:
     with pytest.raises(ArtifactError, match="more than the"):
-        OPERATIONS["rnn"](torch.zeros(1).expand(2**20, 2**10, 1), *[torch.zeros(1, 1)] * 3)
+        OPERATIONS["rnn"](torch.zeros(1).expand(2**20, 2**10, 1), torch.zeros(2**10, 1), *[torch.zeros(1, 1)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("rnn", {"initial_h": torch.zeros(2, 1)}), ("rnn", {"initial_h": torch.zeros(1, 2)}),
+        ("rnn", {"weight_hh": torch.zeros(2, 1)}), ("rnn", {"bias": torch.zeros(2)}),
+        ("gru", {"input_bias": torch.zeros(4)}), ("gru", {"bias": torch.zeros(1)}),
+        ("lstm", {"initial_c": torch.zeros(2, 1)}), ("lstm", {"peephole": torch.zeros(4)}),
+    ],
+)  # fmt: skip
+def test_parts_that_torch_would_broadcast_are_refused(name: str, given: dict[str, Any]) -> None:
+    gates = {"rnn": 1, "gru": 3, "lstm": 4}[name]
+    weights = {"weight_ih": torch.zeros(gates, 1), "weight_hh": torch.zeros(gates, 1)}
+    states = {"initial_h": torch.zeros(1, 1), **({"initial_c": torch.zeros(1, 1)} if name == "lstm" else {})}
+    OPERATIONS[name](torch.zeros(1, 1, 1), **states, **weights)
+    with pytest.raises(ValueError, match=r"do not go with a sequence of \[1, 1, 1\]|1 channels take"):
+        OPERATIONS[name](torch.zeros(1, 1, 1), **{**states, **weights, **given})
+
+
+def relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
+def test_each_activation_of_an_lstm_has_its_place() -> None:
+    x, h, c = drawn(1, BATCH, WIDTH), drawn(BATCH, HIDDEN), drawn(BATCH, HIDDEN, seed=1)
+    ih, hh = drawn(4 * HIDDEN, WIDTH), drawn(4 * HIDDEN, HIDDEN)
+    gates = x[0].double().numpy() @ ih.double().numpy().T + h.double().numpy() @ hh.double().numpy().T
+    i, f, o, z = np.split(gates, 4, axis=1)
+    cell = relu(f) * c.double().numpy() + relu(i) * np.tanh(z)
+    found = OPERATIONS["lstm"](x, h, c, ih, hh, recurrent_activation="ReLU", cell_activation="Tanh",
+                               activation="sigmoid")  # fmt: skip
+    close(found[1], relu(o) * sigmoid(cell))
+    close(found[2], cell)
+
+
+def test_each_activation_of_a_gru_has_its_place() -> None:
+    x, h = drawn(1, BATCH, WIDTH), drawn(BATCH, HIDDEN)
+    ih, hh = drawn(3 * HIDDEN, WIDTH), drawn(3 * HIDDEN, HIDDEN)
+    (x_r, x_o, x_z), (h_r, h_o, h_z) = (np.split(w.double().numpy(), 3) for w in (ih, hh))
+    one, state = x[0].double().numpy(), h.double().numpy()
+    r, z = relu(one @ x_r.T + state @ h_r.T), relu(one @ x_z.T + state @ h_z.T)
+    o = sigmoid(one @ x_o.T + (r * state) @ h_o.T)
+    found = OPERATIONS["gru"](x, h, ih, hh, recurrent_activation="relu", activation="sigmoid")
+    close(found[1], (1 - z) * o + z * state)
+
+
+def test_a_bidirectional_layer_is_a_layer_there_and_one_back() -> None:
+    """With peepholes of its own in each direction, and without the sequence."""
+    x, h, c = drawn(STEPS, BATCH, WIDTH), drawn(BATCH, 2 * HIDDEN), drawn(BATCH, 2 * HIDDEN, seed=1)
+    weights = [(drawn(4 * HIDDEN, WIDTH, seed=s), drawn(4 * HIDDEN, HIDDEN, seed=s), drawn(4 * HIDDEN, seed=s),
+                drawn(3 * HIDDEN, seed=s)) for s in (2, 3)]  # fmt: skip
+    back = dict(zip(("weight_ih_back", "weight_hh_back", "bias_back", "peephole_back"), weights[1]))
+    given = {**back, "direction": "bidirectional"}
+    both = OPERATIONS["lstm"](x, h, c, *weights[0], **given)
+    halves = [OPERATIONS["lstm"](x, h[:, part], c[:, part], *own, direction=way)
+              for part, own, way in ((slice(HIDDEN), weights[0], "forward"),
+                                     (slice(HIDDEN, None), weights[1], "reverse"))]  # fmt: skip
+    for place, found in enumerate(both):
+        assert torch.equal(found, torch.cat([half[place] for half in halves], dim=-1))
+    whole = OPERATIONS["lstm"](x, h, c, *weights[0], **given, output_sequence=True)
+    assert torch.equal(whole[0][-1, :, :HIDDEN], both[0][0, :, :HIDDEN])
+    assert torch.equal(whole[0][0, :, HIDDEN:], both[0][0, :, HIDDEN:])
 
 
 def test_a_program_of_both_directions_is_torchs() -> None:
