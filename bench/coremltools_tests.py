@@ -63,7 +63,19 @@ class Class:
     pattern: str
 
 
-CLASSES: tuple[Class, ...] = ()
+CLASSES: tuple[Class, ...] = (
+    Class("upstream", "torch 2.13 refuses 8-bit signed activations in its own quantized operators (qnnpack): the "
+          "test's own expectation cannot be computed", r"qnnpack\): Expected (activation|input) data type QUInt8"),
+    Class("upstream", "torch 2.13 refuses a batch norm with one of two running statistics before anything is converted",
+          "running_mean and running_var must either both be None"),
+    Class("upstream", "the converter begins a packed LSTM with states for as many texts as the first text is long: "
+          "[10, 6] for a batch of 3, which MIL's own definition does not allow and Core ML lets pass",
+          r"TestLSTMWithPackedSequence.*(states of \[\[10, 6\]|size of tensor a \(3\) must match)"),
+    Class("needs macOS", "Core ML's compiler refuses a program whose default sizes do not go together; those that are "
+          "given do, and the executor runs it", "test_stack_dynamic_range_dim.*DID NOT RAISE"),
+    Class("needs macOS", "the models of these tests are no ML programs, and a test before them is skipped where it "
+          "predicts, before it undoes its renaming", "modelpackage.*renamed_feature"),
+)  # fmt: skip
 
 
 def main() -> int:
@@ -167,7 +179,10 @@ def is_ours(row: dict[str, object]) -> bool:
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Markdown: a row a group, then every class of failures, then every failure that has none."""
+    """Markdown: a row a group, then every class of failures, what the plug-in skips, and every failure without a class.
+
+    The rate is of the tests that compare predictions: those that passed, whatever the reason of the others.
+    """
     by_group: dict[str, list[dict[str, object]]] = collections.defaultdict(list)
     for row in rows:
         by_group[group_of(str(row["test"]))].append(row)
@@ -177,8 +192,16 @@ def table(rows: list[dict[str, object]]) -> str:
     lines += [_line("all", rows), ""]
     counts = collections.Counter(found for row in rows if row["outcome"] == "failed" and (found := class_of(row)))
     lines += [f"- {one.kind}, {count}: {one.reason}" for one, count in counts.most_common()]
+    left = collections.Counter(_left_out(row) for row in rows if row["outcome"] == "skipped")
+    lines += [f"- skipped here, {count}: {reason}" for reason, count in left.most_common() if reason]
     ours = [f"- ours: `{row['test']}`: {row['message']}" for row in rows if is_ours(row)]
     return "\n".join(lines + ours)
+
+
+def _left_out(row: dict[str, object]) -> str:
+    """Why the plug-in skipped a test, or nothing where coremltools did."""
+    said = str(row["message"]).removeprefix("Skipped: ")
+    return said if "needs macOS" in said or "executor runs ML programs only" in said else ""
 
 
 def _line(name: str, rows: list[dict[str, object]]) -> str:
@@ -188,8 +211,7 @@ def _line(name: str, rows: list[dict[str, object]]) -> str:
         "pass" if row["outcome"] == "passed" else found.kind if (found := class_of(row)) else "ours"
         for row in ran)  # fmt: skip
     good = sum(row["outcome"] == "passed" for row in predicted)
-    bad = sum(is_ours(row) for row in ran)
-    rate = f"{100 * good / (good + bad):.2f} %" if good + bad else "-"
+    rate = f"{100 * good / len(predicted):.2f} %" if predicted else "-"
     counts = [kinds[kind] for kind in ("pass", "needs macOS", "upstream", "ours")]
     cells = [name, len(ran), len(predicted), *counts, rate]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
