@@ -31,7 +31,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     width = torch.minimum(right[:, None], right) - torch.maximum(left[:, None], left)
     height = torch.minimum(bottom[:, None], bottom) - torch.maximum(top[:, None], top)
     both = width.clamp(min=0) * height.clamp(min=0)  # [n, n]
-    overlaps = both / (area[:, None] + area - both) > iou_threshold
+    overlaps = (both / (area[:, None] + area - both)).double() > iou_threshold  # as there: a float32 with a float64
     kept: list[int] = []
     for place in scores.argsort(descending=True, stable=True).tolist():
         if not any(overlaps[place, better] for better in kept):
