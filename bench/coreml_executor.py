@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from host import memory, processor
+from host import decode_seconds, measured, memory, processor
 
 from exporter import adapters, pipeline
 from exporter.model import Architecture, Layer, Model, Provenance, Rope
@@ -43,7 +42,7 @@ def main() -> None:
         results: dict[str, list[dict[str, float]]] = {name: [] for name in models}
         for _ in range(ROUNDS):  # in turn, so that a busy minute does not fall on one case alone
             for name, folder in folders.items():
-                results[name].append(measured(folder))
+                results[name].append(measured(__file__, folder))
     print_table({name: model.parameters for name, model in models.items()}, results)
 
 
@@ -70,13 +69,6 @@ def exported(model: Model, folder: Path) -> Path:
     return folder
 
 
-def measured(folder: Path) -> dict[str, float]:
-    """Measure a folder in a process of its own."""
-    child = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, check=True)
-    result: dict[str, float] = json.loads(child.stdout)
-    return result
-
-
 def measure(folder: Path) -> dict[str, float]:
     """Seconds to load, of the prefill, and per decoded token (the wall's, and this thread's), and peak memory."""
     from targets.coreml_ios import runner  # noqa: F401 (imports are no part of what is measured)
@@ -91,16 +83,8 @@ def measure(folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     session.step([1] * PROMPT)
     prefill = time.perf_counter() - start
-    for _ in range(WARMUPS):
-        session.step([1])
-    cpu, wall = [], []
-    for _ in range(NEW_TOKENS):
-        starts = time.thread_time(), time.perf_counter()
-        session.step([1])
-        cpu.append(time.thread_time() - starts[0])
-        wall.append(time.perf_counter() - starts[1])
-    return {"load_s": load, "prefill_s": prefill, "cpu_s": statistics.median(cpu), "wall_s": statistics.median(wall),
-            "peak_bytes": memory("VmHWM") - before}  # fmt: skip
+    decode = decode_seconds(session, WARMUPS, NEW_TOKENS)
+    return {"load_s": load, "prefill_s": prefill, **decode, "peak_bytes": memory("VmHWM") - before}
 
 
 def print_table(parameters: dict[str, int], results: dict[str, list[dict[str, float]]]) -> None:

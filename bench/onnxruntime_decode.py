@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from host import memory, processor
+from host import decode_seconds, measured, memory, processor
 
 from exporter import adapters
 from exporter.model import Architecture, Layer, Model, Provenance, Rope
@@ -43,7 +42,7 @@ def main() -> None:
         results: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
         for _ in range(ROUNDS):  # in turn, so that a busy minute does not fall on one case alone
             for index, name in enumerate(cases):
-                results[name].append(measured(Path(scratch) / str(index)))
+                results[name].append(measured(__file__, Path(scratch) / str(index)))
     print_table(results, sizes)
 
 
@@ -74,13 +73,6 @@ def export(model: Model, folder: Path) -> tuple[int, int]:
     return sum(path.stat().st_size for path in folder.iterdir()), counted
 
 
-def measured(folder: Path) -> dict[str, float]:
-    """Measure a folder in a process of its own."""
-    child = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, check=True)
-    result: dict[str, float] = json.loads(child.stdout)
-    return result
-
-
 def measure(folder: Path) -> dict[str, float]:
     """Seconds per decoded token and of the prefill (this thread's CPU time, and the wall's), and peak memory."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here: imports apart
@@ -90,16 +82,8 @@ def measure(folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     session.step(tokens)
     prefill = time.perf_counter() - start
-    for _ in range(WARMUPS):
-        session.step([1])
-    cpu, wall = [], []
-    for _ in range(NEW_TOKENS):
-        starts = time.thread_time(), time.perf_counter()
-        session.step([1])
-        cpu.append(time.thread_time() - starts[0])
-        wall.append(time.perf_counter() - starts[1])
-    return {"prefill_s": prefill, "cpu_s": statistics.median(cpu), "wall_s": statistics.median(wall),
-            "peak_bytes": memory("VmHWM") - before}  # fmt: skip
+    decode = decode_seconds(session, WARMUPS, NEW_TOKENS)
+    return {"prefill_s": prefill, **decode, "peak_bytes": memory("VmHWM") - before}
 
 
 def print_table(results: dict[str, list[dict[str, float]]], sizes: dict[str, tuple[int, int]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +62,39 @@ class TorchSession:
         with torch.inference_mode(), fitting_threads(self._parameters):
             self._ops.begin()
             return adapters.logits(self._adapter, self._ops, ids, seen)[0, -count:]
+
+
+class EncoderSession:
+    """An encoder's artifact, running: one whole text after each reset.
+
+    Args:
+        context: Longest text, in tokens.
+        vocab: Of the artifact.
+        hidden_states: What the runtime gives for a whole text, [tokens, hidden], float32.
+    """
+
+    causal = False
+
+    def __init__(self, context: int, vocab: int, hidden_states: Callable[[Sequence[int]], Tensor]) -> None:
+        self.context, self._vocab, self._hidden_states = context, vocab, hidden_states
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self._is_fresh = True
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Hidden states of a whole text, [tokens, hidden], float32.
+
+        Raises:
+            PocketError: the session was not reset, or the text does not fit the context.
+            TargetError: a token that the vocabulary lacks.
+            ArtifactError: the runtime cannot run the artifact.
+        """
+        require_whole_text(self._is_fresh, len(tokens), self.context)
+        require_known(tokens, self._vocab)
+        self._is_fresh = False
+        return self._hidden_states(tokens)
 
 
 def require_whole_text(is_fresh: bool, tokens: int, context: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exporter.errors import ArtifactError
-from exporter.session import require_known, require_step, require_whole_text
+from exporter.session import EncoderSession, require_step
 from targets.coreml_ios.executor import ReferenceModel
 from targets.coreml_ios.executor.machine import Observer
 from targets.coreml_ios.package import HIDDEN, LOGITS, NAME
@@ -21,39 +22,42 @@ UNSEEN = -1e4  # in the mask: minus infinity would make a row that is masked thr
 RANK = {"inputIds": 2, "causalMask": 4}
 
 
-class _Session:
-    """What decoder and encoder share.
+@dataclass(frozen=True)
+class _Program:
+    """A program and how it is run.
 
     Args:
         model: The program.
-        package: The same, read.
         threads: Of torch.
     """
 
-    def __init__(self, model: ReferenceModel, package: Package, threads: int) -> None:
-        self._model, self._threads = model, threads
-        self.context = package.interface().inputs["inputIds"][0][1][1]
-        self._vocab = package.shape(token_table(package))[0]
+    model: ReferenceModel
+    threads: int
+
+    def predicted(self, output: str, inputs: dict[str, Tensor], state: Any = None) -> Tensor:
+        """An output [1, tokens, channels] as [tokens, channels], float32."""
+        with _running_in(self.threads):
+            return torch.from_numpy(self.model.predict(inputs, state)[output]).float()[0]
+
+
+class CoreMLSession:
+    """A decoder, token after token, as an app runs it: the caller makes the mask, the program keeps the states.
+
+    Args:
+        program: A decoder's.
+        context: Longest text, in tokens.
+        vocab: Of the program.
+    """
+
+    causal = True
+
+    def __init__(self, program: _Program, context: int, vocab: int) -> None:
+        self._program, self.context, self._vocab = program, context, vocab
         self.reset()
 
     def reset(self) -> None:
         """Forget every token."""
-        raise NotImplementedError
-
-    def _predicted(self, output: str, inputs: dict[str, Tensor], state: Any = None) -> Tensor:
-        """An output [1, tokens, channels] as [tokens, channels], float32."""
-        with _running_in(self._threads):
-            return torch.from_numpy(self._model.predict(inputs, state)[output]).float()[0]
-
-
-class CoreMLSession(_Session):
-    """A decoder, token after token, as an app runs it: the caller makes the mask, the program keeps the states."""
-
-    causal = True
-
-    def reset(self) -> None:
-        """Forget every token."""
-        self._count, self._state = 0, self._model.make_state()
+        self._count, self._state = 0, self._program.model.make_state()
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens; returns the logits after each of them, [tokens, vocab], float32.
@@ -64,37 +68,14 @@ class CoreMLSession(_Session):
         """
         require_step(tokens, self._vocab, self._count, self.context)
         inputs = {"inputIds": torch.tensor([list(tokens)]), "causalMask": causal_mask(self._count, len(tokens))}
-        logits = self._predicted(LOGITS, inputs, self._state)
+        logits = self._program.predicted(LOGITS, inputs, self._state)
         self._count += len(tokens)
         return logits
 
 
-class CoreMLEncoder(_Session):
-    """One whole text after each reset."""
-
-    causal = False
-
-    def reset(self) -> None:
-        """Forget the text."""
-        self._is_fresh = True
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Hidden states of a whole text, [tokens, hidden], float32.
-
-        Raises:
-            PocketError: the session was not reset, or the text does not fit the context.
-            TargetError: a token that the vocabulary lacks.
-            ArtifactError: an operation cannot be computed; it is named.
-        """
-        require_whole_text(self._is_fresh, len(tokens), self.context)
-        require_known(tokens, self._vocab)
-        self._is_fresh = False
-        return self._predicted(HIDDEN, {"inputIds": torch.tensor([list(tokens)])})
-
-
 def open_session(
     folder: Path, threads: int = 1, *, keep_float32: bool = False, observe: Observer | None = None
-) -> CoreMLSession | CoreMLEncoder:
+) -> CoreMLSession | EncoderSession:
     """Run the package of a folder.
 
     Args:
@@ -113,7 +94,13 @@ def open_session(
     if ranks != wanted:
         raise ArtifactError(f"the program takes {ranks} (axes by name); one of ours takes {wanted}")
     model = ReferenceModel.of(package.specification, package.weights, keep_float32=keep_float32, observe=observe)
-    return (CoreMLSession if is_decoder else CoreMLEncoder)(model, package, threads)
+    program = _Program(model, threads)
+    context, vocab = interface.inputs["inputIds"][0][1][1], package.shape(token_table(package))[0]
+    if is_decoder:
+        return CoreMLSession(program, context, vocab)
+    return EncoderSession(
+        context, vocab, lambda tokens: program.predicted(HIDDEN, {"inputIds": torch.tensor([list(tokens)])})
+    )
 
 
 def causal_mask(start: int, tokens: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exporter.errors import ArtifactError
-from exporter.session import require_known, require_step, require_whole_text
+from exporter.session import EncoderSession, require_step
 from targets.onnxruntime_mobile.constants import MODEL
 from targets.onnxruntime_mobile.ops import HIDDEN
 from targets.onnxruntime_mobile.readback import read_model
@@ -73,41 +73,18 @@ class OnnxSession:
         return logits[0]
 
 
-class OnnxEncoder:
-    """One whole text after each reset.
+def _encoder(session: onnxruntime.InferenceSession) -> EncoderSession:
+    """A session of an encoder's graph."""
+    width = int(session.get_outputs()[0].shape[-1])
 
-    Args:
-        session: Of an encoder's graph.
-    """
-
-    causal = False
-
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self._session = session
-        self.context, self._vocab = _stated(session, "context"), _stated(session, "vocab")
-        self._hidden = int(session.get_outputs()[0].shape[-1])
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the text."""
-        self._is_fresh = True
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Hidden states of a whole text, [tokens, hidden], float32.
-
-        Raises:
-            PocketError: the session was not reset, or the text does not fit the context.
-            TargetError: a token that the vocabulary lacks.
-            ArtifactError: the runtime cannot run the graph.
-        """
-        require_whole_text(self._is_fresh, len(tokens), self.context)
-        require_known(tokens, self._vocab)
-        self._is_fresh = False
-        binding, hidden = self._session.io_binding(), torch.empty(1, len(tokens), self._hidden)
+    def hidden_states(tokens: Sequence[int]) -> Tensor:
+        binding, hidden = session.io_binding(), torch.empty(1, len(tokens), width)
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_output(HIDDEN, "cpu", 0, np.float32, tuple(hidden.shape), hidden.data_ptr())
-        _run(self._session, binding)
+        _run(session, binding)
         return hidden[0]
+
+    return EncoderSession(_stated(session, "context"), _stated(session, "vocab"), hidden_states)
 
 
 def _run(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:
@@ -117,7 +94,7 @@ def _run(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) 
         raise ArtifactError(f"the graph does not run in onnxruntime {onnxruntime.__version__}: {error}") from None
 
 
-def open_session(path: Path, threads: int = 1) -> OnnxSession | OnnxEncoder:
+def open_session(path: Path, threads: int = 1) -> OnnxSession | EncoderSession:
     """Run a model.onnx, its data beside it, or a model.ort.
 
     Raises:
@@ -128,7 +105,7 @@ def open_session(path: Path, threads: int = 1) -> OnnxSession | OnnxEncoder:
     return _session_of(_load(str(path), _options(threads), str(path)))
 
 
-def exact_session(folder: Path, threads: int = 1) -> OnnxSession | OnnxEncoder:
+def exact_session(folder: Path, threads: int = 1) -> OnnxSession | EncoderSession:
     """The same graph with float32 activations (accuracy_level 0): slow, and proves that every code is in its place."""
     model = read_model(folder)
     for node in model.graph.node:
@@ -140,9 +117,9 @@ def exact_session(folder: Path, threads: int = 1) -> OnnxSession | OnnxEncoder:
     return _session_of(_load(model.SerializeToString(), options, str(folder / MODEL)))
 
 
-def _session_of(session: onnxruntime.InferenceSession) -> OnnxSession | OnnxEncoder:
+def _session_of(session: onnxruntime.InferenceSession) -> OnnxSession | EncoderSession:
     is_encoder = session.get_outputs()[0].name == HIDDEN
-    return OnnxEncoder(session) if is_encoder else OnnxSession(session)
+    return _encoder(session) if is_encoder else OnnxSession(session)
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:

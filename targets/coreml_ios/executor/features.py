@@ -14,6 +14,7 @@ from torch import Tensor
 from exporter.errors import ArtifactError, PocketError
 from targets.coreml_ios.backend import proto
 from targets.coreml_ios.executor.values import FLOATS, LARGEST, Declared, Value, rounded
+from targets.coreml_ios.reader import MOST_DIMENSIONS
 
 _ARRAYS = proto.FeatureTypes_pb2.ArrayFeatureType
 KINDS = {_ARRAYS.FLOAT32: "fp32", _ARRAYS.FLOAT16: "fp16", _ARRAYS.INT32: "int32", _ARRAYS.DOUBLE: "fp64",
@@ -23,8 +24,6 @@ LIMITS = {"int32": (-(2**31), 2**31 - 1), "int8": (-128, 127)}
 SINGLE = {"stringType": str, "int64Type": int, "doubleType": float, "dictionaryType": dict}  # what a classifier gives
 _COLORS = proto.FeatureTypes_pb2.ImageFeatureType
 MODES = {_COLORS.RGB: "RGB", _COLORS.BGR: "RGB", _COLORS.GRAYSCALE: "L", _COLORS.GRAYSCALE_FLOAT16: "F"}
-
-MOST_DIMENSIONS = 32
 
 Sizes = Sequence[tuple[int, int]]  # least and most of each; the most is below zero where there is no bound
 
